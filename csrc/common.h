@@ -1,0 +1,102 @@
+// What every op's C++ shares: stable-ABI headers, dtype dispatch, layout, the choice of kernel set, call counters.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Exception.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <array>
+#include <atomic>
+#include <cstdint>
+#include <limits>
+#include <optional>
+#include <tuple>
+
+namespace segfast {
+
+using torch::headeronly::BFloat16;
+using torch::headeronly::Half;
+using torch::headeronly::MemoryFormat;
+using torch::headeronly::ScalarType;
+using torch::stable::parallel_for;
+using torch::stable::Tensor;
+
+// How often each op's kernels ran: the tests read it through segfast._C to know that a kernel, not the reference, answered.
+struct Counter {
+  const char* const name;
+  std::atomic<int64_t> calls{0};
+  Counter* const next;
+  static Counter*& head() {
+    static Counter* first = nullptr;
+    return first;
+  }
+  explicit Counter(const char* op) : name(op), next(head()) { head() = this; }
+  void add() { calls.fetch_add(1, std::memory_order_relaxed); }
+};
+
+// Kernel sets, weakest first. `isa()` is the best that the processor has unless a test forced a weaker one.
+enum class Isa : int { portable = 0, avx2 = 1, avx512 = 2 };
+Isa isa();
+
+// Calls `kernel` of the chosen set: SEGFAST_CALL(shuffle<float>)(args...). The sets are namespaces made by cpu/each_isa.h.
+#if defined(__x86_64__) && defined(__GNUC__)
+#define SEGFAST_CALL(...)                                             \
+  (::segfast::isa() == ::segfast::Isa::avx512                         \
+       ? ::segfast::avx512::__VA_ARGS__                               \
+       : (::segfast::isa() == ::segfast::Isa::avx2 ? ::segfast::avx2::__VA_ARGS__ : ::segfast::portable::__VA_ARGS__))
+#else
+#define SEGFAST_CALL(...) (::segfast::portable::__VA_ARGS__)
+#endif
+
+// f(T{}) for the float dtype of a tensor.
+template <class F>
+void dispatch_float(const char* op, ScalarType dtype, F&& f) {
+  switch (dtype) {
+    case ScalarType::Float:
+      return f(float{});
+    case ScalarType::Double:
+      return f(double{});
+    case ScalarType::BFloat16:
+      return f(BFloat16{});
+    case ScalarType::Half:
+      return f(Half{});
+    default:
+      STD_TORCH_CHECK(false, op, ": want float32, float64, float16 or bfloat16");
+  }
+}
+
+// Twin of segfast._backend.layout: channels_last (and not also contiguous) stays, anything else becomes contiguous.
+inline bool is_channels_last(const Tensor& x) {
+  if (x.dim() != 4 || x.is_contiguous()) return false;
+  const auto size = x.sizes();
+  const auto stride = x.strides();
+  int64_t expected = 1;
+  for (const int d : {1, 3, 2, 0}) {
+    if (size[d] != 1 && stride[d] != expected) return false;
+    expected *= size[d];
+  }
+  return true;
+}
+
+inline Tensor contiguous_as(const Tensor& x, bool channels_last) {
+  if (!channels_last && x.is_contiguous()) return x;
+  if (channels_last && is_channels_last(x)) return x;
+  return torch::stable::contiguous(x, channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+}
+
+inline Tensor empty(std::initializer_list<int64_t> size, ScalarType dtype, const Tensor& like, bool channels_last = false) {
+  const std::vector<int64_t> sizes(size);
+  return torch::stable::empty(sizes, dtype, std::nullopt, like.device(), std::nullopt,
+                              channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+}
+
+template <class T>
+T* data(const Tensor& x) {
+  return static_cast<T*>(x.data_ptr());
+}
+
+}  // namespace segfast

@@ -1,0 +1,61 @@
+// Compiles the kernels of one file once per instruction set.
+//
+//   #define SEGFAST_FILE "channel_shuffle.cpp"
+//   #include "each_isa.h"        // includes this very file three times with SEGFAST_KERNELS defined
+//   #ifdef SEGFAST_KERNELS
+//   namespace segfast::SEGFAST_ISA { kernels over vec.h }
+//   #else
+//   launchers: SEGFAST_CALL(kernel<T>)(...) picks the set at run time
+//   #endif
+//
+// Kernels call nothing from the standard library's templates: such an instantiation would be shared between the sets.
+#ifndef SEGFAST_KERNELS
+#include <cmath>
+#include <cstring>
+
+#include "../common.h"
+
+#define SEGFAST_KERNELS
+#define SEGFAST_ISA portable
+#define SEGFAST_BYTES 16
+#include "vec.h"
+#include SEGFAST_FILE
+#undef SEGFAST_ISA
+#undef SEGFAST_BYTES
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#include <immintrin.h>
+#ifdef __clang__
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c")
+#endif
+#define SEGFAST_ISA avx2
+#define SEGFAST_BYTES 32
+#include "vec.h"
+#include SEGFAST_FILE
+#undef SEGFAST_ISA
+#undef SEGFAST_BYTES
+#ifdef __clang__
+#pragma clang attribute pop
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl"))), apply_to = function)
+#else
+#pragma GCC pop_options
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")
+#endif
+#define SEGFAST_ISA avx512
+#define SEGFAST_BYTES 64
+#include "vec.h"
+#include SEGFAST_FILE
+#undef SEGFAST_ISA
+#undef SEGFAST_BYTES
+#ifdef __clang__
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#endif
+#undef SEGFAST_KERNELS
+#endif

@@ -1,0 +1,130 @@
+// The small vector type of the CPU kernels; included once per instruction set by each_isa.h, so it has no include guard.
+//
+// Vec<A> holds SEGFAST_BYTES of the compute type A (float or double) and has the operators of a scalar; lanes<A> says how
+// many. Storage types T (float, double, BFloat16, Half) are converted by load and store; compute<T> is the type to
+// accumulate in. Without GCC's vector extension (MSVC) a vector has one lane.
+namespace segfast::SEGFAST_ISA {
+
+#define SEGFAST_INLINE inline __attribute__((always_inline))
+#ifndef __GNUC__
+#undef SEGFAST_INLINE
+#define SEGFAST_INLINE inline
+#endif
+
+template <class T>
+struct ComputeOf {
+  using type = float;
+};
+template <>
+struct ComputeOf<double> {
+  using type = double;
+};
+template <class T>
+using compute = typename ComputeOf<T>::type;
+
+#ifdef __GNUC__
+template <class A>
+struct VecOf {
+  typedef A type __attribute__((vector_size(SEGFAST_BYTES)));
+  typedef A unaligned __attribute__((vector_size(SEGFAST_BYTES), aligned(sizeof(A)), may_alias));
+};
+template <class A>
+constexpr int lanes = SEGFAST_BYTES / sizeof(A);
+#else
+template <class A>
+struct VecOf {
+  using type = A;
+  using unaligned = A;
+};
+template <class A>
+constexpr int lanes = 1;
+#endif
+template <class A>
+using Vec = typename VecOf<A>::type;
+
+template <class A>
+SEGFAST_INLINE Vec<A> splat(A a) {
+  return Vec<A>{} + a;
+}
+
+template <class A>
+SEGFAST_INLINE A& lane(Vec<A>& v, int i) {
+  return reinterpret_cast<A*>(&v)[i];
+}
+
+SEGFAST_INLINE float widen(float x) { return x; }
+SEGFAST_INLINE double widen(double x) { return x; }
+SEGFAST_INLINE float widen(BFloat16 x) {
+  const uint32_t bits = static_cast<uint32_t>(x.x) << 16;
+  float y;
+  memcpy(&y, &bits, 4);
+  return y;
+}
+SEGFAST_INLINE float widen(Half x) { return static_cast<float>(x); }
+
+template <class T>
+SEGFAST_INLINE T narrow_to(compute<T> x) {
+  return static_cast<T>(x);
+}
+
+// Loads lanes<A> elements.
+SEGFAST_INLINE Vec<float> load(const float* p) { return *reinterpret_cast<const VecOf<float>::unaligned*>(p); }
+SEGFAST_INLINE Vec<double> load(const double* p) { return *reinterpret_cast<const VecOf<double>::unaligned*>(p); }
+SEGFAST_INLINE void store(float* p, Vec<float> v) { *reinterpret_cast<VecOf<float>::unaligned*>(p) = v; }
+SEGFAST_INLINE void store(double* p, Vec<double> v) { *reinterpret_cast<VecOf<double>::unaligned*>(p) = v; }
+
+#ifdef __GNUC__
+typedef uint32_t U32 __attribute__((vector_size(SEGFAST_BYTES)));
+typedef int32_t I32 __attribute__((vector_size(SEGFAST_BYTES)));
+typedef uint16_t U16 __attribute__((vector_size(SEGFAST_BYTES / 2)));
+
+SEGFAST_INLINE Vec<float> load(const BFloat16* p) {
+  U16 half;
+  memcpy(&half, p, sizeof half);
+  return (Vec<float>)(__builtin_convertvector(half, U32) << 16);
+}
+// Round to nearest even; NaN stays NaN.
+SEGFAST_INLINE void store(BFloat16* p, Vec<float> v) {
+  const U32 bits = (U32)v;
+  const U32 rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const U32 nan = (bits >> 16) | 0x40u;
+  const U16 half = __builtin_convertvector((U32)(v == v ? (I32)rounded : (I32)nan), U16);
+  memcpy(p, &half, sizeof half);
+}
+#else
+SEGFAST_INLINE Vec<float> load(const BFloat16* p) { return widen(*p); }
+SEGFAST_INLINE void store(BFloat16* p, Vec<float> v) { *p = BFloat16(v); }
+#endif
+SEGFAST_INLINE Vec<float> load(const Half* p) {
+  Vec<float> v;
+  for (int i = 0; i < lanes<float>; ++i) lane<float>(v, i) = widen(p[i]);
+  return v;
+}
+SEGFAST_INLINE void store(Half* p, Vec<float> v) {
+  for (int i = 0; i < lanes<float>; ++i) p[i] = Half(lane<float>(v, i));
+}
+
+// The first n lanes only; the others read as `fill` and are not written.
+template <class T>
+SEGFAST_INLINE Vec<compute<T>> load_n(const T* p, int n, compute<T> fill = 0) {
+  using A = compute<T>;
+  if (n >= lanes<A>) return load(p);
+  Vec<A> v = splat<A>(fill);
+  for (int i = 0; i < n; ++i) lane<A>(v, i) = widen(p[i]);
+  return v;
+}
+template <class T>
+SEGFAST_INLINE void store_n(T* p, Vec<compute<T>> v, int n) {
+  using A = compute<T>;
+  if (n >= lanes<A>) return store(p, v);
+  for (int i = 0; i < n; ++i) p[i] = narrow_to<T>(lane<A>(v, i));
+}
+
+template <class A>
+SEGFAST_INLINE A sum_lanes(Vec<A> v) {
+  A total = 0;
+  for (int i = 0; i < lanes<A>; ++i) total += lane<A>(v, i);
+  return total;
+}
+
+}  // namespace segfast::SEGFAST_ISA

@@ -1,0 +1,71 @@
+"""The one place that knows about the compiled module, Triton and SEGFAST_BACKEND."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+import torch
+from torch import Tensor
+
+_BACKENDS = ("auto", "triton", "reference")
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+requested = os.environ.get("SEGFAST_BACKEND", "auto")
+if requested not in _BACKENDS:
+    raise ValueError(f"SEGFAST_BACKEND: want one of {', '.join(_BACKENDS)}, got {requested!r}")
+
+# {op: {device type: "c++" | "cuda" | "triton"}}. A plain dict: asking the dispatcher at call time breaks fullgraph compilation.
+table: dict[str, dict[str, str]] = {}
+
+if importlib.util.find_spec("segfast._C") is None:
+    _C = None  # SEGFAST_BUILD=none: every op runs on its reference, and `python -m segfast` says so
+else:
+    from segfast import _C  # a module that is there but does not load is an error worth seeing
+
+has_triton = importlib.util.find_spec("triton") is not None
+
+
+def register(op: str) -> None:
+    """Notes at import who owns (op, device): C++ if it registered, else Triton on CUDA, else nobody."""
+    owners = table[op] = {}
+    if requested == "reference":
+        return
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    if requested == "auto" and has(f"segfast::{op}", "CPU"):
+        owners["cpu"] = "c++"
+    if requested == "auto" and has(f"segfast::{op}", "CUDA"):
+        owners["cuda"] = "cuda"
+    elif has_triton and importlib.util.find_spec(f"segfast.triton.{op}") is not None:
+        importlib.import_module(f"segfast.triton.{op}")
+        owners["cuda"] = "triton"
+
+
+def has_kernel(op: str, *tensors: Tensor) -> bool:
+    """Whether `op` runs on a kernel for these tensors; else the caller takes its reference.
+
+    The reference serves exported graphs (they hold only ATen), torch.func transforms, forward-mode AD and tensor subclasses.
+    """
+    if tensors[0].device.type not in table[op] or torch.compiler.is_exporting():
+        return False
+    if torch.compiler.is_compiling():
+        return True
+    if torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0:
+        return False
+    return all(type(t) in (Tensor, torch.nn.Parameter) or isinstance(t, torch._subclasses.FakeTensor) for t in tensors)
+
+
+def layout(x: Tensor) -> torch.memory_format:
+    """channels_last stays channels_last; anything else, and what is both, comes out contiguous."""
+    if x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last):
+        return torch.channels_last
+    return torch.contiguous_format
+
+
+def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Under autocast: the tensors cast (differentiably) to its dtype; else as they are. float64 is left alone, as autocast does."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(t.to(dtype) if t is not None and t.dtype != torch.float64 else t for t in tensors)
