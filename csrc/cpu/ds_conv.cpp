@@ -1,0 +1,940 @@
+// Depthwise k x k + BN + activation + pointwise 1x1 + BN + activation, channels_last.
+//
+// A tile is `pixels` consecutive output pixels (flattened over n, oy, ox). Its depthwise rows go into a buffer [pixels][C]
+// that stays in cache; the pointwise product is a register-blocked [pixels, C] x [C, K] over packed weights. Buffers are in
+// the compute type (float, or double for double), rows padded to whole vectors (`padded`).
+//
+// Training keeps u (depthwise output) and z (pointwise output) and recomputes everything else. Reductions run over chunks of
+// tiles whose number does not depend on the thread count and are added in order: results are bitwise the same on any number
+// of threads.
+#define SEGFAST_FILE "ds_conv.cpp"
+#include "each_isa.h"
+
+#ifndef SEGFAST_DS_CONV_TYPES
+#define SEGFAST_DS_CONV_TYPES
+namespace segfast {
+
+struct Geometry {
+  int64_t n, c, h, w, k, oh, ow, kh, kw, sh, sw, ph, pw, dh, dw;
+  int64_t pixels() const { return n * oh * ow; }
+};
+
+enum Act : int64_t { kIdentity, kRelu, kRelu6, kSilu, kHardswish };
+
+// What the kernels of one call share. Pointers in the compute type A point to rows of padded length.
+template <class T, class A>
+struct DsConv {
+  Geometry g;
+  int64_t cp, kp, tile;              // padded channels in and out, pixels a tile
+  const T *x, *u, *z, *grad_y;       // [N,H,W,C] [N,OH,OW,C] [N,OH,OW,K] [N,OH,OW,K]
+  T *u_out, *z_out, *y, *grad_u, *grad_x;
+  const A *dw, *dw_shift;            // [kh*kw][cp] (scaled at inference), [cp]
+  const A *dw_flipped;               // [kh*kw][cp] for the input gradient
+  const A *pw, *pw_shift;            // packed panels, [kp]
+  const A *pw_back;                  // packed panels of the transposed weight
+  const A *scale1, *shift1, *mean1;  // BN of the depthwise half as v = scale * u + shift
+  const A *scale2, *shift2, *mean2;
+  const A *center1, *slope1;         // grad_u = scale * (g - center - slope * (u - mean)): BN backward
+  const A *center2, *slope2;
+  int64_t act1, act2;
+};
+
+}  // namespace segfast
+#endif
+
+#ifdef SEGFAST_KERNELS
+namespace segfast::SEGFAST_ISA {
+
+template <class A>
+constexpr int kVectors = 2;  // vectors a panel
+template <class A>
+constexpr int kRows = SEGFAST_BYTES == 64 ? 12 : 6;
+
+template <class A>
+SEGFAST_INLINE Vec<A> exp_lanes(Vec<A> v) {
+  for (int i = 0; i < lanes<A>; ++i) lane<A>(v, i) = ::exp(lane<A>(v, i));
+  return v;
+}
+
+// NaN stays NaN, as in ATen.
+template <class A>
+SEGFAST_INLINE Vec<A> activate(Vec<A> v, int64_t act) {
+  const Vec<A> zero{}, three = splat<A>(3), six = splat<A>(6);
+  switch (act) {
+    case kRelu:
+      return v < zero ? zero : v;
+    case kRelu6:
+      return v < zero ? zero : (v > six ? six : v);
+    case kSilu:
+      return v / (exp_lanes<A>(-v) + 1);
+    case kHardswish: {
+      const Vec<A> r = v + three;
+      return v * (r < zero ? zero : (r > six ? six : r)) / six;
+    }
+    default:
+      return v;
+  }
+}
+
+// Gradient of the activation at pre-activation v, times g.
+template <class A>
+SEGFAST_INLINE Vec<A> activate_grad(Vec<A> v, Vec<A> g, int64_t act) {
+  const Vec<A> zero{}, three = splat<A>(3), six = splat<A>(6);
+  switch (act) {
+    case kRelu:
+      return v <= zero ? zero : g;
+    case kRelu6:
+      return v <= zero ? zero : (v >= six ? zero : g);
+    case kSilu: {
+      const Vec<A> s = 1 / (exp_lanes<A>(-v) + 1);
+      return g * s * (1 + v * (1 - s));
+    }
+    case kHardswish:
+      return v < -three ? zero : (v <= three ? g * (v / three + (A)0.5) : g);
+    default:
+      return g;
+  }
+}
+
+// acc[i][j] += sum over depth of a[i * row + d * step] * b[d * b_step + j * lanes]
+template <int M, int V, class A>
+SEGFAST_INLINE void micro(int64_t depth, const A* __restrict a, int64_t row, int64_t step, const A* __restrict b, int64_t b_step,
+                          Vec<A> (&acc)[M][V]) {
+  for (int64_t d = 0; d < depth; ++d) {
+    Vec<A> bv[V];
+#pragma GCC unroll 8
+    for (int j = 0; j < V; ++j) bv[j] = load(b + d * b_step + j * lanes<A>);
+#pragma GCC unroll 16
+    for (int i = 0; i < M; ++i) {
+      const A s = a[i * row + d * step];
+#pragma GCC unroll 8
+      for (int j = 0; j < V; ++j) acc[i][j] += bv[j] * s;
+    }
+  }
+}
+
+// One block of `rows` <= M rows; calls done(i, j, value) for each.
+template <int M, int V, class A, class Done>
+SEGFAST_INLINE void block(int64_t rows, int64_t depth, const A* a, int64_t row, int64_t step, const A* b, int64_t b_step,
+                          Done done) {
+  if (rows >= M) {
+    Vec<A> acc[M][V] = {};
+    micro<M, V, A>(depth, a, row, step, b, b_step, acc);
+#pragma GCC unroll 16
+    for (int i = 0; i < M; ++i) {
+#pragma GCC unroll 8
+      for (int j = 0; j < V; ++j) done(i, j, acc[i][j]);
+    }
+    return;
+  }
+  for (int64_t i = 0; i < rows; ++i) {
+    Vec<A> acc[1][V] = {};
+    micro<1, V, A>(depth, a + i * row, row, step, b, b_step, acc);
+    for (int j = 0; j < V; ++j) done(i, j, acc[0][j]);
+  }
+}
+
+// [rows, depth] (leading dimension lda) times packed panels [cols / panel][depth][panel]; done(row, column, value).
+template <class A, class Done>
+SEGFAST_INLINE void product(int64_t rows, int64_t depth, const A* a, int64_t lda, const A* panels, int64_t cols, Done done) {
+  constexpr int V = kVectors<A>, M = kRows<A>, L = lanes<A>;
+  int64_t col = 0;
+  for (; col + V * L <= cols; col += V * L) {
+    for (int64_t i0 = 0; i0 < rows; i0 += M) {
+      block<M, V, A>(rows - i0, depth, a + i0 * lda, lda, 1, panels + col * depth, V * L,
+                     [&](int64_t i, int j, Vec<A> v) { done(i0 + i, col + j * L, v); });
+    }
+  }
+  if (col < cols) {  // one vector is left
+    for (int64_t i0 = 0; i0 < rows; i0 += M) {
+      block<M, 1, A>(rows - i0, depth, a + i0 * lda, lda, 1, panels + col * depth, L,
+                     [&](int64_t i, int, Vec<A> v) { done(i0 + i, col, v); });
+    }
+  }
+}
+
+// out[r][c] += sum over pixels p of a[p * lda + r] * b[p * ldb + c]: the weight gradient of the pointwise half.
+template <class A>
+SEGFAST_INLINE void product_transposed(int64_t pixels, const A* a, int64_t lda, int64_t rows, const A* b, int64_t ldb, A* out) {
+  constexpr int V = kVectors<A>, M = kRows<A>, L = lanes<A>;
+  for (int64_t col = 0; col < ldb; col += V * L) {
+    for (int64_t r0 = 0; r0 < rows; r0 += M) {
+      const auto add = [&](int64_t i, int j, Vec<A> v) {
+        A* o = out + (r0 + i) * ldb + col + j * L;
+        store(o, load(o) + v);
+      };
+      if (col + V * L <= ldb) {
+        block<M, V, A>(rows - r0, pixels, a + r0, 1, lda, b + col, ldb, add);
+      } else {
+        block<M, 1, A>(rows - r0, pixels, a + r0, 1, lda, b + col, ldb, add);
+      }
+    }
+  }
+}
+
+// Packs w (element (col, d) at w[col * col_step + d * d_step]) into panels, times scale[col] or scale_d.
+template <class T, class A>
+void pack(const T* w, int64_t cols, int64_t depth, int64_t col_step, int64_t d_step, const A* scale, A* out) {
+  constexpr int V = kVectors<A>, L = lanes<A>;
+  const int64_t padded = (cols + L - 1) / L * L;
+  for (int64_t col = 0; col < padded;) {
+    const int64_t width = padded - col >= V * L ? V * L : L;
+    A* panel = out + col * depth;
+    for (int64_t j = 0; j < width; ++j) {
+      const A s = col + j < cols ? (scale ? scale[col + j] : A(1)) : A(0);
+      const T* from = w + (col + j < cols ? col + j : 0) * col_step;
+      for (int64_t d = 0; d < depth; ++d) panel[d * width + j] = col + j < cols ? widen(from[d * d_step]) * s : A(0);
+    }
+    col += width;
+  }
+}
+
+// One output pixel of a depthwise convolution from its list of taps: sources and weights.
+template <class T, class A, class Done>
+SEGFAST_INLINE void depthwise_pixel(int taps, const T* const* from, const A* const* weight, const A* shift, int64_t c, Done done) {
+  constexpr int L = lanes<A>;
+  for (int64_t c0 = 0; c0 < c; c0 += L) {
+    Vec<A> acc = shift ? load(shift + c0) : Vec<A>{};
+    const int left = static_cast<int>(c - c0 < L ? c - c0 : L);
+    for (int t = 0; t < taps; ++t) acc += load_n(from[t] + c0, left) * load(weight[t] + c0);
+    done(c0, acc);
+  }
+}
+
+// Interior pixels of one row, K taps wide, stride S, no dilation: `count` outputs from ox on, vertical taps [ky0, ky1).
+template <int K, int S, class T, class A, class Done>
+SEGFAST_INLINE void depthwise_run(const T* x, int64_t row, int64_t c, const A* w, int64_t cp, const A* shift, int64_t ky0, int64_t ky1,
+                                  int64_t count, Done done) {
+  constexpr int L = lanes<A>, P = SEGFAST_BYTES == 64 ? 8 : 4;
+  for (int64_t c0 = 0; c0 < c; c0 += L) {
+    const bool whole = c - c0 >= L;
+    const int left = static_cast<int>(whole ? L : c - c0);
+    const Vec<A> bias = shift ? load(shift + c0) : Vec<A>{};
+    int64_t p = 0;
+    for (; whole && p + P <= count; p += P) {
+      Vec<A> acc[P];
+#pragma GCC unroll 8
+      for (int i = 0; i < P; ++i) acc[i] = bias;
+      for (int64_t ky = ky0; ky < ky1; ++ky) {
+        const T* from = x + ky * row + p * S * c + c0;
+        Vec<A> wv[K];
+#pragma GCC unroll 8
+        for (int kx = 0; kx < K; ++kx) wv[kx] = load(w + (ky * K + kx) * cp + c0);
+#pragma GCC unroll 32
+        for (int column = 0; column < (P - 1) * S + K; ++column) {
+          const Vec<A> v = load(from + column * c);
+#pragma GCC unroll 8
+          for (int kx = 0; kx < K; ++kx) {
+            if (column >= kx && (column - kx) % S == 0 && (column - kx) / S < P) acc[(column - kx) / S] += v * wv[kx];
+          }
+        }
+      }
+#pragma GCC unroll 8
+      for (int i = 0; i < P; ++i) done(p + i, c0, acc[i]);
+    }
+    for (; p < count; ++p) {
+      Vec<A> acc = bias;
+      for (int64_t ky = ky0; ky < ky1; ++ky) {
+        for (int kx = 0; kx < K; ++kx) {
+          acc += load_n(x + ky * row + (p * S + kx) * c + c0, left) * load(w + (ky * K + kx) * cp + c0);
+        }
+      }
+      done(p, c0, acc);
+    }
+  }
+}
+
+// Outputs [ox0, ox1) of row oy of image n of a depthwise convolution of x [n][h][w][c]; done(pixel - ox0, channel, value).
+template <class T, class A, class Done>
+SEGFAST_INLINE void depthwise_row(const Geometry& g, const T* x, const A* w, int64_t cp, const A* shift, int64_t n, int64_t oy,
+                                  int64_t ox0, int64_t ox1, Done done) {
+  const int64_t row = g.w * g.c, iy = oy * g.sh - g.ph;
+  const T* image = x + n * g.h * row;
+  int64_t first = ox1, last = ox1;  // the pixels whose taps all lie inside, horizontally
+  const bool fast = g.dh == 1 && g.dw == 1 && g.kh == g.kw && g.sh == g.sw && (g.kw == 3 || g.kw == 5) && (g.sw == 1 || g.sw == 2);
+  if (fast) {
+    first = (g.pw + g.sw - 1) / g.sw;
+    last = g.w - g.kw + g.pw < 0 ? 0 : (g.w - g.kw + g.pw) / g.sw + 1;
+    first = first < ox0 ? ox0 : (first > ox1 ? ox1 : first);
+    last = last < first ? first : (last > ox1 ? ox1 : last);
+  }
+  for (int64_t ox = ox0; ox < ox1; ++ox) {
+    if (ox == first && last > first) {
+      const int64_t ky0 = iy < 0 ? (-iy < g.kh ? -iy : g.kh) : 0;
+      const int64_t ky1 = iy + g.kh > g.h ? (g.h - iy > ky0 ? g.h - iy : ky0) : g.kh;
+      const T* from = image + iy * row + (ox * g.sw - g.pw) * g.c;
+      const auto at = [&](int64_t p, int64_t c0, Vec<A> v) { done(first - ox0 + p, c0, v); };
+      if (g.kw == 3 && g.sw == 1) depthwise_run<3, 1>(from, row, g.c, w, cp, shift, ky0, ky1, last - first, at);
+      if (g.kw == 3 && g.sw == 2) depthwise_run<3, 2>(from, row, g.c, w, cp, shift, ky0, ky1, last - first, at);
+      if (g.kw == 5 && g.sw == 1) depthwise_run<5, 1>(from, row, g.c, w, cp, shift, ky0, ky1, last - first, at);
+      if (g.kw == 5 && g.sw == 2) depthwise_run<5, 2>(from, row, g.c, w, cp, shift, ky0, ky1, last - first, at);
+      ox = last - 1;
+      continue;
+    }
+    constexpr int kMost = 64;  // taps at once; larger kernels are refused by the launcher
+    const T* from[kMost];
+    const A* weight[kMost];
+    int taps = 0;
+    for (int64_t ky = 0; ky < g.kh; ++ky) {
+      const int64_t y = iy + ky * g.dh;
+      if (y < 0 || y >= g.h) continue;
+      for (int64_t kx = 0; kx < g.kw; ++kx) {
+        const int64_t xx = ox * g.sw - g.pw + kx * g.dw;
+        if (xx < 0 || xx >= g.w) continue;
+        from[taps] = image + y * row + xx * g.c;
+        weight[taps++] = w + (ky * g.kw + kx) * cp;
+      }
+    }
+    depthwise_pixel(taps, from, weight, shift, g.c, [&](int64_t c0, Vec<A> v) { done(ox - ox0, c0, v); });
+  }
+}
+
+// f(n, oy, ox0, ox1, offset) for each row segment of output pixels [begin, end); offset counts from begin.
+template <class F>
+SEGFAST_INLINE void each_row(const Geometry& g, int64_t begin, int64_t end, F f) {
+  for (int64_t p = begin; p < end;) {
+    const int64_t ox = p % g.ow, oy = p / g.ow % g.oh, n = p / g.ow / g.oh;
+    const int64_t stop = p + (g.ow - ox < end - p ? g.ow - ox : end - p);
+    f(n, oy, ox, ox + (stop - p), p - begin);
+    p = stop;
+  }
+}
+
+template <class T, class A>
+void ds_conv_tiles(const DsConv<T, A>& o, int64_t begin, int64_t end, A* buffer) {
+  for (int64_t t0 = begin; t0 < end; t0 += o.tile) {
+    const int64_t t1 = t0 + o.tile < end ? t0 + o.tile : end;
+    each_row(o.g, t0, t1, [&](int64_t n, int64_t oy, int64_t ox0, int64_t ox1, int64_t offset) {
+      A* out = buffer + offset * o.cp;
+      switch (o.act1) {  // outside the loops, so that each copy has its activation inlined
+        case kIdentity:
+          depthwise_row(o.g, o.x, o.dw, o.cp, o.dw_shift, n, oy, ox0, ox1,
+                        [&](int64_t p, int64_t c0, Vec<A> v) { store(out + p * o.cp + c0, v); });
+          break;
+        case kRelu:
+          depthwise_row(o.g, o.x, o.dw, o.cp, o.dw_shift, n, oy, ox0, ox1,
+                        [&](int64_t p, int64_t c0, Vec<A> v) { store(out + p * o.cp + c0, activate<A>(v, kRelu)); });
+          break;
+        default:
+          depthwise_row(o.g, o.x, o.dw, o.cp, o.dw_shift, n, oy, ox0, ox1,
+                        [&](int64_t p, int64_t c0, Vec<A> v) { store(out + p * o.cp + c0, activate<A>(v, o.act1)); });
+      }
+    });
+    T* y = o.y + t0 * o.g.k;
+    product<A>(t1 - t0, o.g.c, buffer, o.cp, o.pw, o.kp, [&](int64_t p, int64_t k, Vec<A> v) {
+      const int left = static_cast<int>(o.g.k - k < lanes<A> ? o.g.k - k : lanes<A>);
+      store_n(y + p * o.g.k + k, activate<A>(v + load(o.pw_shift + k), o.act2), left);
+    });
+  }
+}
+
+// Adds a tile [pixels][channels] of T to running moments [3][padded] in double: count-weighted mean and sum of squares about
+// it. Shifted by the tile's first pixel, so that nothing cancels.
+template <class T, class A>
+void add_moments(const T* x, int64_t pixels, int64_t channels, int64_t padded, double before, double* mean, double* square) {
+  constexpr int L = lanes<A>;
+  for (int64_t c0 = 0; c0 < channels; c0 += L) {
+    const int left = static_cast<int>(channels - c0 < L ? channels - c0 : L);
+    const Vec<A> shift = load_n(x + c0, left);
+    Vec<A> sum{}, squares{};
+    for (int64_t p = 1; p < pixels; ++p) {
+      const Vec<A> d = load_n(x + p * channels + c0, left) - shift;
+      sum += d;
+      squares += d * d;
+    }
+    for (int i = 0; i < left; ++i) {
+      const double n = static_cast<double>(pixels), m = lane<A>(sum, i) / n, at = lane<A>(const_cast<Vec<A>&>(shift), i) + m;
+      const double own = lane<A>(squares, i) - m * m * n, delta = at - mean[c0 + i];
+      square[c0 + i] += own + delta * delta * before * n / (before + n);
+      mean[c0 + i] += delta * n / (before + n);
+    }
+  }
+}
+
+// u = depthwise(x) + bias and its moments.
+template <class T, class A>
+void train_depthwise(const DsConv<T, A>& o, int64_t begin, int64_t end, double* moments) {
+  double count = 0;
+  each_row(o.g, begin, end, [&](int64_t n, int64_t oy, int64_t ox0, int64_t ox1, int64_t offset) {
+    T* u = o.u_out + (begin + offset) * o.g.c;
+    depthwise_row(o.g, o.x, o.dw, o.cp, o.dw_shift, n, oy, ox0, ox1, [&](int64_t p, int64_t c0, Vec<A> v) {
+      const int left = static_cast<int>(o.g.c - c0 < lanes<A> ? o.g.c - c0 : lanes<A>);
+      store_n(u + p * o.g.c + c0, v, left);
+    });
+    if (moments) {
+      add_moments<T, A>(u, ox1 - ox0, o.g.c, o.cp, count, moments, moments + o.cp);
+      count += static_cast<double>(ox1 - ox0);
+    }
+  });
+}
+
+// v[p][c] = act(scale * u + shift) of one tile
+template <class T, class A>
+SEGFAST_INLINE void normalise_tile(const T* u, int64_t pixels, int64_t c, int64_t cp, const A* scale, const A* shift, int64_t act, A* v) {
+  constexpr int L = lanes<A>;
+  for (int64_t p = 0; p < pixels; ++p) {
+    for (int64_t c0 = 0; c0 < c; c0 += L) {
+      const int left = static_cast<int>(c - c0 < L ? c - c0 : L);
+      store(v + p * cp + c0, activate<A>(load_n(u + p * c + c0, left) * load(scale + c0) + load(shift + c0), act));
+    }
+  }
+}
+
+// z = pointwise(act(bn(u))) + bias and its moments.
+template <class T, class A>
+void train_pointwise(const DsConv<T, A>& o, int64_t begin, int64_t end, A* buffer, double* moments) {
+  double count = 0;
+  for (int64_t t0 = begin; t0 < end; t0 += o.tile) {
+    const int64_t t1 = t0 + o.tile < end ? t0 + o.tile : end;
+    normalise_tile(o.u + t0 * o.g.c, t1 - t0, o.g.c, o.cp, o.scale1, o.shift1, o.act1, buffer);
+    T* z = o.z_out + t0 * o.g.k;
+    product<A>(t1 - t0, o.g.c, buffer, o.cp, o.pw, o.kp, [&](int64_t p, int64_t k, Vec<A> v) {
+      const int left = static_cast<int>(o.g.k - k < lanes<A> ? o.g.k - k : lanes<A>);
+      store_n(z + p * o.g.k + k, v + load(o.pw_shift + k), left);
+    });
+    if (moments) {
+      add_moments<T, A>(z, t1 - t0, o.g.k, o.kp, count, moments, moments + o.kp);
+      count += static_cast<double>(t1 - t0);
+    }
+  }
+}
+
+template <class T, class A>
+void train_output(const DsConv<T, A>& o, int64_t begin, int64_t end) {
+  constexpr int L = lanes<A>;
+  for (int64_t p = begin; p < end; ++p) {
+    for (int64_t c0 = 0; c0 < o.g.k; c0 += L) {
+      const int left = static_cast<int>(o.g.k - c0 < L ? o.g.k - c0 : L);
+      const int64_t at = p * o.g.k + c0;
+      store_n(o.y + at, activate<A>(load_n(o.z + at, left) * load(o.scale2 + c0) + load(o.shift2 + c0), o.act2), left);
+    }
+  }
+}
+
+// Adds, per channel, sum g and sum g * (x - mean) where g = grad * act'(scale * x + shift).
+template <class T, class A>
+void backward_sums(const DsConv<T, A>& o, int64_t begin, int64_t end, double* sums) {
+  constexpr int L = lanes<A>;
+  const int64_t k = o.g.k;
+  for (int64_t t0 = begin; t0 < end; t0 += 64) {
+    const int64_t t1 = t0 + 64 < end ? t0 + 64 : end;
+    for (int64_t c0 = 0; c0 < k; c0 += L) {
+      const int left = static_cast<int>(k - c0 < L ? k - c0 : L);
+      const Vec<A> scale = load(o.scale2 + c0), shift = load(o.shift2 + c0), mean = load(o.mean2 + c0);
+      Vec<A> sum{}, product{};
+      for (int64_t p = t0; p < t1; ++p) {
+        const Vec<A> z = load_n(o.z + p * k + c0, left);
+        const Vec<A> g = activate_grad<A>(z * scale + shift, load_n(o.grad_y + p * k + c0, left), o.act2);
+        sum += g;
+        product += g * (z - mean);
+      }
+      for (int i = 0; i < left; ++i) {
+        sums[c0 + i] += lane<A>(sum, i);
+        sums[o.kp + c0 + i] += lane<A>(product, i);
+      }
+    }
+  }
+}
+
+// Per tile: grad_z, then the gradients of the pointwise weight and of v, then g1 = grad_v * act'(bn(u)) and its sums.
+template <class T, class A>
+void backward_pointwise(const DsConv<T, A>& o, int64_t begin, int64_t end, A* buffer, A* grad_pw, double* sums) {
+  constexpr int L = lanes<A>;
+  const int64_t c = o.g.c, k = o.g.k;
+  A* v = buffer;                   // [tile][cp]
+  A* gz = v + o.tile * o.cp;       // [tile][kp]
+  A* gv = gz + o.tile * o.kp;      // [tile][cp]
+  for (int64_t t0 = begin; t0 < end; t0 += o.tile) {
+    const int64_t t1 = t0 + o.tile < end ? t0 + o.tile : end, pixels = t1 - t0;
+    normalise_tile(o.u + t0 * c, pixels, c, o.cp, o.scale1, o.shift1, o.act1, v);
+    for (int64_t p = 0; p < pixels; ++p) {
+      for (int64_t c0 = 0; c0 < k; c0 += L) {
+        const int left = static_cast<int>(k - c0 < L ? k - c0 : L);
+        const Vec<A> z = load_n(o.z + (t0 + p) * k + c0, left), scale = load(o.scale2 + c0);
+        const Vec<A> g = activate_grad<A>(z * scale + load(o.shift2 + c0), load_n(o.grad_y + (t0 + p) * k + c0, left), o.act2);
+        store(gz + p * o.kp + c0, scale * (g - load(o.center2 + c0) - load(o.slope2 + c0) * (z - load(o.mean2 + c0))));
+      }
+    }
+    product_transposed<A>(pixels, gz, o.kp, k, v, o.cp, grad_pw);
+    product<A>(pixels, k, gz, o.kp, o.pw_back, o.cp, [&](int64_t p, int64_t c0, Vec<A> g) { store(gv + p * o.cp + c0, g); });
+    for (int64_t c0 = 0; c0 < c; c0 += L) {
+      const int left = static_cast<int>(c - c0 < L ? c - c0 : L);
+      const Vec<A> scale = load(o.scale1 + c0), shift = load(o.shift1 + c0), mean = load(o.mean1 + c0);
+      Vec<A> sum{}, product{};
+      for (int64_t p = 0; p < pixels; ++p) {
+        const Vec<A> u = load_n(o.u + (t0 + p) * c + c0, left);
+        const Vec<A> g = activate_grad<A>(u * scale + shift, load(gv + p * o.cp + c0), o.act1);
+        store_n(o.grad_u + (t0 + p) * c + c0, g, left);
+        sum += g;
+        product += g * (u - mean);
+      }
+      for (int i = 0; i < left; ++i) {
+        sums[c0 + i] += lane<A>(sum, i);
+        sums[o.cp + c0 + i] += lane<A>(product, i);
+      }
+    }
+  }
+}
+
+// g1 -> grad_u in place, and the gradient of the depthwise weight [kh * kw][cp].
+template <class T, class A>
+void backward_depthwise_weight(const DsConv<T, A>& o, int64_t begin, int64_t end, A* grad_dw) {
+  constexpr int L = lanes<A>;
+  const Geometry& g = o.g;
+  each_row(g, begin, end, [&](int64_t n, int64_t oy, int64_t ox0, int64_t ox1, int64_t offset) {
+    T* gu = o.grad_u + (begin + offset) * g.c;
+    const T* u = o.u + (begin + offset) * g.c;
+    const T* image = o.x + n * g.h * g.w * g.c;
+    for (int64_t c0 = 0; c0 < g.c; c0 += L) {
+      const int left = static_cast<int>(g.c - c0 < L ? g.c - c0 : L);
+      const Vec<A> scale = load(o.scale1 + c0), mean = load(o.mean1 + c0), center = load(o.center1 + c0), slope = load(o.slope1 + c0);
+      for (int64_t p = 0; p < ox1 - ox0; ++p) {
+        const Vec<A> v = load_n(gu + p * g.c + c0, left), at = load_n(u + p * g.c + c0, left);
+        store_n(gu + p * g.c + c0, scale * (v - center - slope * (at - mean)), left);
+      }
+      for (int64_t ky = 0; ky < g.kh; ++ky) {
+        const int64_t y = oy * g.sh - g.ph + ky * g.dh;
+        if (y < 0 || y >= g.h) continue;
+        const T* row = image + y * g.w * g.c + c0;
+        const auto tap = [&](int64_t kx, int64_t p0, int64_t p1) {
+          Vec<A> acc{};
+          for (int64_t p = p0; p < p1; ++p) {
+            acc += load_n(gu + p * g.c + c0, left) * load_n(row + ((ox0 + p) * g.sw - g.pw + kx * g.dw) * g.c, left);
+          }
+          A* out = grad_dw + (ky * g.kw + kx) * o.cp + c0;
+          store(out, load(out) + acc);
+        };
+        int64_t lo[64], hi[64], inner0 = 0, inner1 = ox1 - ox0;
+        for (int64_t kx = 0; kx < g.kw; ++kx) {
+          int64_t p0 = 0, p1 = ox1 - ox0;
+          while (p0 < p1 && (ox0 + p0) * g.sw - g.pw + kx * g.dw < 0) ++p0;
+          while (p1 > p0 && (ox0 + p1 - 1) * g.sw - g.pw + kx * g.dw >= g.w) --p1;
+          lo[kx] = p0, hi[kx] = p1;
+          inner0 = p0 > inner0 ? p0 : inner0;
+          inner1 = p1 < inner1 ? p1 : inner1;
+        }
+        if (g.kw == 3 && left == L && inner1 > inner0) {  // three taps share each gradient
+          Vec<A> acc[3] = {};
+          for (int64_t p = inner0; p < inner1; ++p) {
+            const Vec<A> v = load(gu + p * g.c + c0);
+            const T* from = row + ((ox0 + p) * g.sw - g.pw) * g.c;
+#pragma GCC unroll 3
+            for (int kx = 0; kx < 3; ++kx) acc[kx] += v * load(from + kx * g.dw * g.c);
+          }
+          for (int kx = 0; kx < 3; ++kx) {
+            A* out = grad_dw + (ky * 3 + kx) * o.cp + c0;
+            store(out, load(out) + acc[kx]);
+            tap(kx, lo[kx], inner0 < lo[kx] ? lo[kx] : inner0);
+            tap(kx, inner1 > hi[kx] ? hi[kx] : inner1, hi[kx]);
+          }
+        } else {
+          for (int64_t kx = 0; kx < g.kw; ++kx) tap(kx, lo[kx], hi[kx]);
+        }
+      }
+    }
+  });
+}
+
+// grad_x: rows [begin, end) of N * H; gathered, so no two threads write one pixel.
+template <class T, class A>
+void backward_input(const DsConv<T, A>& o, int64_t begin, int64_t end) {
+  const Geometry& g = o.g;
+  const auto put = [&](T* to, int64_t c0, Vec<A> v) {
+    store_n(to + c0, v, static_cast<int>(g.c - c0 < lanes<A> ? g.c - c0 : lanes<A>));
+  };
+  if (g.sh == 1 && g.sw == 1) {  // a depthwise convolution with the kernel turned round
+    Geometry back = g;
+    back.h = g.oh, back.w = g.ow, back.oh = g.h, back.ow = g.w;
+    back.ph = g.dh * (g.kh - 1) - g.ph, back.pw = g.dw * (g.kw - 1) - g.pw;
+    if (back.ph >= 0 && back.pw >= 0) {
+      for (int64_t r = begin; r < end; ++r) {
+        T* to = o.grad_x + r * g.w * g.c;
+        depthwise_row(back, static_cast<const T*>(o.grad_u), o.dw_flipped, o.cp, static_cast<const A*>(nullptr), r / g.h, r % g.h,
+                      int64_t{0}, g.w, [&](int64_t p, int64_t c0, Vec<A> v) { put(to + p * g.c, c0, v); });
+      }
+      return;
+    }
+  }
+  for (int64_t r = begin; r < end; ++r) {
+    const int64_t n = r / g.h, y = r % g.h;
+    for (int64_t xx = 0; xx < g.w; ++xx) {
+      const T* from[64];
+      const A* weight[64];
+      int taps = 0;
+      for (int64_t ky = 0; ky < g.kh; ++ky) {
+        const int64_t up = y + g.ph - ky * g.dh;
+        if (up < 0 || up % g.sh || up / g.sh >= g.oh) continue;
+        for (int64_t kx = 0; kx < g.kw; ++kx) {
+          const int64_t along = xx + g.pw - kx * g.dw;
+          if (along < 0 || along % g.sw || along / g.sw >= g.ow) continue;
+          from[taps] = o.grad_u + ((n * g.oh + up / g.sh) * g.ow + along / g.sw) * g.c;
+          weight[taps++] = o.dw + (ky * g.kw + kx) * o.cp;
+        }
+      }
+      T* to = o.grad_x + (r * g.w + xx) * g.c;
+      depthwise_pixel(taps, from, weight, static_cast<const A*>(nullptr), g.c, [&](int64_t c0, Vec<A> v) { put(to, c0, v); });
+    }
+  }
+}
+
+}  // namespace segfast::SEGFAST_ISA
+#else
+#include <algorithm>
+#include <memory>
+#include <new>
+#include <vector>
+
+namespace segfast {
+namespace {
+
+Counter counter("ds_conv"), train_counter("ds_conv_train"), backward_counter("ds_conv_backward");
+
+using Optional = std::optional<Tensor>;
+using Ints = std::vector<int64_t>;
+using torch::headeronly::IntHeaderOnlyArrayRef;
+
+constexpr int64_t kPad = 16;    // every row is padded to whole vectors of the widest set
+constexpr int64_t kChunks = 32;  // reductions: fixed, so that the thread count cannot show
+
+int64_t padded(int64_t n) { return (n + kPad - 1) / kPad * kPad; }
+
+// 64-byte aligned scratch, zeroed on request.
+template <class A>
+struct Buffer {
+  A* p;
+  explicit Buffer(int64_t n, bool zero = true) : p(static_cast<A*>(::operator new(sizeof(A) * (n + kPad), std::align_val_t(64)))) {
+    if (zero) std::fill(p, p + n + kPad, A(0));
+  }
+  Buffer(Buffer&& other) noexcept : p(other.p) { other.p = nullptr; }
+  Buffer(const Buffer&) = delete;
+  ~Buffer() { ::operator delete(p, std::align_val_t(64)); }
+};
+
+// A small parameter tensor of any float dtype, in double.
+std::vector<double> read(const Optional& t, int64_t n, double missing) {
+  std::vector<double> out(n, missing);
+  if (!t) return out;
+  const Tensor c = torch::stable::contiguous(*t);
+  dispatch_float("ds_conv", c.scalar_type(), [&](auto zero) {
+    const auto* p = data<decltype(zero)>(c);
+    for (int64_t i = 0; i < n; ++i) out[i] = static_cast<double>(p[i]);
+  });
+  return out;
+}
+
+Geometry geometry(const Tensor& x, const Tensor& dw_weight, int64_t k, const Ints& stride, const Ints& padding, const Ints& dilation) {
+  Geometry g{x.size(0), x.size(1), x.size(2), x.size(3), k, 0, 0, dw_weight.size(2), dw_weight.size(3),
+             stride[0], stride[1], padding[0], padding[1], dilation[0], dilation[1]};
+  g.oh = (g.h + 2 * g.ph - g.dh * (g.kh - 1) - 1) / g.sh + 1;
+  g.ow = (g.w + 2 * g.pw - g.dw * (g.kw - 1) - 1) / g.sw + 1;
+  STD_TORCH_CHECK(g.kh * g.kw <= 64 && g.oh >= 0 && g.ow >= 0, "ds_conv: want a kernel of at most 64 taps that fits the padded input");
+  return g;
+}
+
+// BatchNorm as v = scale * u + shift, with mean and 1 / sqrt(var + eps) kept for the backward.
+template <class A>
+struct Fold {
+  Buffer<A> scale, shift, mean;
+  std::vector<double> gamma, inverse;
+  Fold(const Optional& m, const Optional& var, const Optional& weight, const Optional& bias, double eps, int64_t c)
+      : scale(padded(c)), shift(padded(c)), mean(padded(c)), gamma(read(weight, c, 1)), inverse(read(var, c, 1 - eps)) {
+    const auto mu = read(m, c, 0), beta = read(bias, c, 0);
+    for (int64_t i = 0; i < c; ++i) {
+      inverse[i] = 1 / std::sqrt(inverse[i] + eps);
+      scale.p[i] = static_cast<A>(gamma[i] * inverse[i]);
+      shift.p[i] = static_cast<A>(beta[i] - mu[i] * gamma[i] * inverse[i]);
+      mean.p[i] = static_cast<A>(mu[i]);
+    }
+  }
+};
+
+// Depthwise weight [C,1,kh,kw] -> [kh * kw][padded C], times scale.
+template <class A>
+Buffer<A> depthwise_weight(const Tensor& weight, const Geometry& g, const A* scale, bool flip = false) {
+  const int64_t taps = g.kh * g.kw, cp = padded(g.c);
+  Buffer<A> out(taps * cp);
+  const auto w = read(weight, g.c * taps, 0);
+  for (int64_t c = 0; c < g.c; ++c) {
+    for (int64_t t = 0; t < taps; ++t) {
+      out.p[(flip ? taps - 1 - t : t) * cp + c] = static_cast<A>(w[c * taps + t] * (scale ? static_cast<double>(scale[c]) : 1.0));
+    }
+  }
+  return out;
+}
+
+// Pixels a tile: the buffers of one tile stay in L2, and most of them in L1.
+int64_t tile_pixels(int64_t bytes_a_pixel) { return std::clamp<int64_t>(49152 / bytes_a_pixel / 12 * 12, 12, 96); }
+
+// f(chunk, begin, end) over `work` items in kChunks fixed chunks, each a multiple of `step`.
+template <class F>
+void in_chunks(int64_t work, int64_t step, F f) {
+  const int64_t size = std::max<int64_t>(1, (work + kChunks * step - 1) / (kChunks * step)) * step;
+  parallel_for(0, kChunks, 1, [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) {
+      if (i * size < work) f(i, i * size, std::min(work, (i + 1) * size));
+    }
+  });
+}
+
+template <class T, class A>
+struct Compute {
+  using type = A;
+};
+
+template <class F>
+void with_types(const Tensor& x, F f) {
+  dispatch_float("ds_conv", x.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    if constexpr (std::is_same_v<T, double>) {
+      f(T{}, double{});
+    } else {
+      f(T{}, float{});
+    }
+  });
+}
+
+Tensor ds_conv_cpu(const Tensor& input, const Tensor& dw_weight, Optional dw_bias, Optional dw_mean, Optional dw_var, Optional dw_gamma,
+                   Optional dw_beta, double dw_eps, const Tensor& pw_weight, Optional pw_bias, Optional pw_mean, Optional pw_var,
+                   Optional pw_gamma, Optional pw_beta, double pw_eps, IntHeaderOnlyArrayRef stride, IntHeaderOnlyArrayRef padding,
+                   IntHeaderOnlyArrayRef dilation, int64_t dw_act, int64_t act) {
+  counter.add();
+  const bool channels_last = is_channels_last(input);
+  const Tensor x = contiguous_as(input, true);
+  const Geometry g = geometry(x, dw_weight, pw_weight.size(0), Ints(stride.begin(), stride.end()), Ints(padding.begin(), padding.end()),
+                              Ints(dilation.begin(), dilation.end()));
+  const Tensor y = empty({g.n, g.k, g.oh, g.ow}, x.scalar_type(), x, true);
+  if (y.numel() > 0) {
+    with_types(x, [&](auto t, auto a) {
+      using T = decltype(t);
+      using A = decltype(a);
+      DsConv<T, A> o{};
+      o.g = g, o.cp = padded(g.c), o.kp = padded(g.k);
+      const Fold<A> first(dw_mean, dw_var, dw_gamma, dw_beta, dw_eps, g.c), second(pw_mean, pw_var, pw_gamma, pw_beta, pw_eps, g.k);
+      const auto bias1 = read(dw_bias, g.c, 0), bias2 = read(pw_bias, g.k, 0);
+      for (int64_t i = 0; i < g.c; ++i) first.shift.p[i] += static_cast<A>(bias1[i]) * first.scale.p[i];
+      for (int64_t i = 0; i < g.k; ++i) second.shift.p[i] += static_cast<A>(bias2[i]) * second.scale.p[i];
+      const Buffer<A> dw = depthwise_weight<A>(dw_weight, g, first.scale.p), panels(o.kp * g.c, false);
+      const Tensor w = torch::stable::contiguous(pw_weight);
+      SEGFAST_CALL(pack<T, A>)(data<T>(w), g.k, g.c, g.c, 1, second.scale.p, panels.p);
+      o.x = data<T>(x), o.y = data<T>(y), o.dw = dw.p, o.dw_shift = first.shift.p, o.pw = panels.p, o.pw_shift = second.shift.p;
+      o.act1 = dw_act, o.act2 = act, o.tile = tile_pixels(o.cp * sizeof(A));
+      const int64_t tiles = (g.pixels() + o.tile - 1) / o.tile;
+      parallel_for(0, tiles, 1, [&](int64_t begin, int64_t end) {
+        const Buffer<A> scratch(o.tile * o.cp, false);
+        SEGFAST_CALL(ds_conv_tiles<T, A>)(o, begin * o.tile, std::min(end * o.tile, g.pixels()), scratch.p);
+      });
+    });
+  }
+  return channels_last ? y : torch::stable::contiguous(y);
+}
+
+// Moments of kChunks chunks, combined in order: mean and biased variance.
+void combine(const Buffer<double>& moments, int64_t work, int64_t step, int64_t c, int64_t cp, std::vector<double>& mean,
+             std::vector<double>& var) {
+  const int64_t size = std::max<int64_t>(1, (work + kChunks * step - 1) / (kChunks * step)) * step;
+  mean.assign(c, 0), var.assign(c, 0);
+  double before = 0;
+  for (int64_t chunk = 0; chunk * size < work; ++chunk) {
+    const double n = static_cast<double>(std::min(size, work - chunk * size));
+    const double* own = moments.p + chunk * 2 * cp;
+    for (int64_t i = 0; i < c; ++i) {
+      const double delta = own[i] - mean[i];
+      var[i] += own[cp + i] + delta * delta * before * n / (before + n);
+      mean[i] += delta * n / (before + n);
+    }
+    before += n;
+  }
+  for (auto& v : var) v /= before;
+}
+
+Tensor vector_tensor(const std::vector<double>& v, const Tensor& like, ScalarType dtype) {
+  const Tensor t = empty({static_cast<int64_t>(v.size())}, dtype, like);
+  dispatch_float("ds_conv", dtype, [&](auto zero) {
+    using T = decltype(zero);
+    for (size_t i = 0; i < v.size(); ++i) data<T>(t)[i] = static_cast<T>(v[i]);
+  });
+  return t;
+}
+
+ScalarType statistics_dtype(const Tensor& x) { return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float; }
+
+// -> y, u, z, dw_mean, dw_var, pw_mean, pw_var. A mean and variance that are given are used as they are (frozen BatchNorm).
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ds_conv_train_cpu(
+    const Tensor& input, const Tensor& dw_weight, Optional dw_bias, Optional dw_mean, Optional dw_var, Optional dw_gamma, Optional dw_beta,
+    double dw_eps, const Tensor& pw_weight, Optional pw_bias, Optional pw_mean, Optional pw_var, Optional pw_gamma, Optional pw_beta,
+    double pw_eps, IntHeaderOnlyArrayRef stride, IntHeaderOnlyArrayRef padding, IntHeaderOnlyArrayRef dilation, int64_t dw_act, int64_t act) {
+  train_counter.add();
+  const bool channels_last = is_channels_last(input);
+  const Tensor x = contiguous_as(input, true);
+  const Geometry g = geometry(x, dw_weight, pw_weight.size(0), Ints(stride.begin(), stride.end()), Ints(padding.begin(), padding.end()),
+                              Ints(dilation.begin(), dilation.end()));
+  const auto dtype = x.scalar_type(), statistics = statistics_dtype(x);
+  const Tensor u = empty({g.n, g.c, g.oh, g.ow}, dtype, x, true), z = empty({g.n, g.k, g.oh, g.ow}, dtype, x, true);
+  const Tensor y = empty({g.n, g.k, g.oh, g.ow}, dtype, x, true);
+  const bool own1 = !dw_mean, own2 = !pw_mean;
+  std::vector<double> mean1 = read(dw_mean, g.c, 0), var1 = read(dw_var, g.c, 0), mean2 = read(pw_mean, g.k, 0), var2 = read(pw_var, g.k, 0);
+  with_types(x, [&](auto t, auto a) {
+    using T = decltype(t);
+    using A = decltype(a);
+    DsConv<T, A> o{};
+    o.g = g, o.cp = padded(g.c), o.kp = padded(g.k), o.act1 = dw_act, o.act2 = act;
+    o.tile = tile_pixels(o.cp * sizeof(A));
+    o.x = data<T>(x), o.u = o.u_out = data<T>(u), o.z = o.z_out = data<T>(z), o.y = data<T>(y);
+    const int64_t pixels = g.pixels();
+
+    const Buffer<A> dw = depthwise_weight<A>(dw_weight, g, nullptr), bias1(o.cp), bias2(o.kp), panels(o.kp * g.c, false);
+    const auto b1 = read(dw_bias, g.c, 0), b2 = read(pw_bias, g.k, 0);
+    std::copy(b1.begin(), b1.end(), bias1.p), std::copy(b2.begin(), b2.end(), bias2.p);
+    o.dw = dw.p, o.dw_shift = bias1.p;
+    const Buffer<double> moments1(own1 ? kChunks * 2 * o.cp : 0);
+    in_chunks(pixels, g.ow, [&](int64_t chunk, int64_t begin, int64_t end) {
+      SEGFAST_CALL(train_depthwise<T, A>)(o, begin, end, own1 ? moments1.p + chunk * 2 * o.cp : nullptr);
+    });
+    if (own1) combine(moments1, pixels, g.ow, g.c, o.cp, mean1, var1);
+
+    const Fold<A> first(vector_tensor(mean1, x, ScalarType::Double), vector_tensor(var1, x, ScalarType::Double), dw_gamma, dw_beta, dw_eps, g.c);
+    const Tensor w = torch::stable::contiguous(pw_weight);
+    SEGFAST_CALL(pack<T, A>)(data<T>(w), g.k, g.c, g.c, 1, static_cast<const A*>(nullptr), panels.p);
+    o.scale1 = first.scale.p, o.shift1 = first.shift.p, o.pw = panels.p, o.pw_shift = bias2.p;
+    const Buffer<double> moments2(own2 ? kChunks * 2 * o.kp : 0);
+    in_chunks(pixels, o.tile, [&](int64_t chunk, int64_t begin, int64_t end) {
+      const Buffer<A> scratch(o.tile * o.cp, false);
+      SEGFAST_CALL(train_pointwise<T, A>)(o, begin, end, scratch.p, own2 ? moments2.p + chunk * 2 * o.kp : nullptr);
+    });
+    if (own2) combine(moments2, pixels, o.tile, g.k, o.kp, mean2, var2);
+
+    const Fold<A> second(vector_tensor(mean2, x, ScalarType::Double), vector_tensor(var2, x, ScalarType::Double), pw_gamma, pw_beta, pw_eps, g.k);
+    o.scale2 = second.scale.p, o.shift2 = second.shift.p;
+    parallel_for(0, pixels, 256, [&](int64_t begin, int64_t end) { SEGFAST_CALL(train_output<T, A>)(o, begin, end); });
+  });
+  return {channels_last ? y : torch::stable::contiguous(y), u, z, vector_tensor(mean1, x, statistics), vector_tensor(var1, x, statistics),
+          vector_tensor(mean2, x, statistics), vector_tensor(var2, x, statistics)};
+}
+
+// The sums of kChunks partials [chunk][2][cp], in order, as the BatchNorm backward wants them.
+template <class A>
+struct NormGradients {
+  std::vector<double> beta, gamma, bias;
+  Buffer<A> center, slope;
+  NormGradients(const Buffer<double>& sums, const Fold<A>& fold, int64_t c, int64_t cp, double count, bool batch_statistics)
+      : beta(c), gamma(c), bias(c), center(cp), slope(cp) {
+    for (int64_t i = 0; i < c; ++i) {
+      double product = 0;
+      for (int64_t chunk = 0; chunk < kChunks; ++chunk) {
+        beta[i] += sums.p[chunk * 2 * cp + i];
+        product += sums.p[chunk * 2 * cp + cp + i];
+      }
+      const double inverse = fold.inverse[i];
+      gamma[i] = product * inverse;
+      bias[i] = batch_statistics ? 0 : beta[i] * fold.gamma[i] * inverse;
+      if (batch_statistics) {
+        center.p[i] = static_cast<A>(beta[i] / count);
+        slope.p[i] = static_cast<A>(product * inverse * inverse / count);
+      }
+    }
+  }
+};
+
+// -> the gradients of x, dw_weight, dw_bias, dw_gamma, dw_beta, pw_weight, pw_bias, pw_gamma, pw_beta.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ds_conv_backward_cpu(
+    const Tensor& grad, const Tensor& input, const Tensor& u, const Tensor& z, const Tensor& dw_weight, const Tensor& dw_mean,
+    const Tensor& dw_var, Optional dw_gamma, Optional dw_beta, double dw_eps, bool dw_batch, const Tensor& pw_weight, const Tensor& pw_mean,
+    const Tensor& pw_var, Optional pw_gamma, Optional pw_beta, double pw_eps, bool pw_batch, IntHeaderOnlyArrayRef stride,
+    IntHeaderOnlyArrayRef padding, IntHeaderOnlyArrayRef dilation, int64_t dw_act, int64_t act, bool need_input) {
+  backward_counter.add();
+  const bool channels_last = is_channels_last(input);
+  const Tensor x = contiguous_as(input, true), gy = contiguous_as(grad, true);
+  const Geometry g = geometry(x, dw_weight, pw_weight.size(0), Ints(stride.begin(), stride.end()), Ints(padding.begin(), padding.end()),
+                              Ints(dilation.begin(), dilation.end()));
+  const auto dtype = x.scalar_type(), statistics = statistics_dtype(x);
+  const Tensor grad_x = empty({need_input ? g.n : 0, g.c, g.h, g.w}, dtype, x, true), grad_u = empty({g.n, g.c, g.oh, g.ow}, dtype, x, true);
+  const Tensor grad_dw = empty({g.c, 1, g.kh, g.kw}, dtype, x), grad_pw = empty({g.k, g.c, 1, 1}, dtype, x);
+  std::vector<double> dw_g[3], pw_g[3];
+  with_types(x, [&](auto t, auto a) {
+    using T = decltype(t);
+    using A = decltype(a);
+    DsConv<T, A> o{};
+    o.g = g, o.cp = padded(g.c), o.kp = padded(g.k), o.act1 = dw_act, o.act2 = act;
+    o.tile = tile_pixels((2 * o.cp + o.kp) * sizeof(A));
+    o.x = data<T>(x), o.u = data<T>(u), o.z = data<T>(z), o.grad_y = data<T>(gy), o.grad_u = data<T>(grad_u);
+    o.grad_x = need_input ? data<T>(grad_x) : nullptr;
+    const int64_t pixels = g.pixels(), taps = g.kh * g.kw;
+    const double count = static_cast<double>(pixels);
+    const Fold<A> first(dw_mean, dw_var, dw_gamma, dw_beta, dw_eps, g.c), second(pw_mean, pw_var, pw_gamma, pw_beta, pw_eps, g.k);
+    o.scale1 = first.scale.p, o.shift1 = first.shift.p, o.mean1 = first.mean.p;
+    o.scale2 = second.scale.p, o.shift2 = second.shift.p, o.mean2 = second.mean.p;
+
+    const Buffer<double> sums2(kChunks * 2 * o.kp);
+    in_chunks(pixels, 64, [&](int64_t chunk, int64_t begin, int64_t end) {
+      SEGFAST_CALL(backward_sums<T, A>)(o, begin, end, sums2.p + chunk * 2 * o.kp);
+    });
+    const NormGradients<A> norm2(sums2, second, g.k, o.kp, count, pw_batch);
+    o.center2 = norm2.center.p, o.slope2 = norm2.slope.p;
+
+    const Tensor w = torch::stable::contiguous(pw_weight);
+    const Buffer<A> panels(o.cp * g.k, false), partial_pw(kChunks * g.k * o.cp, false);
+    SEGFAST_CALL(pack<T, A>)(data<T>(w), g.c, g.k, 1, g.c, static_cast<const A*>(nullptr), panels.p);
+    o.pw_back = panels.p;
+    const Buffer<double> sums1(kChunks * 2 * o.cp);
+    int64_t used_pw = 0;
+    {
+      const int64_t size = std::max<int64_t>(1, (pixels + kChunks * o.tile - 1) / (kChunks * o.tile)) * o.tile;
+      used_pw = (pixels + size - 1) / size;
+    }
+    in_chunks(pixels, o.tile, [&](int64_t chunk, int64_t begin, int64_t end) {
+      const Buffer<A> scratch(o.tile * (2 * o.cp + o.kp));
+      A* partial = partial_pw.p + chunk * g.k * o.cp;
+      std::fill(partial, partial + g.k * o.cp, A(0));
+      SEGFAST_CALL(backward_pointwise<T, A>)(o, begin, end, scratch.p, partial, sums1.p + chunk * 2 * o.cp);
+    });
+    parallel_for(0, g.k, 8, [&](int64_t begin, int64_t end) {
+      for (int64_t k = begin; k < end; ++k) {
+        for (int64_t c = 0; c < g.c; ++c) {
+          double total = 0;
+          for (int64_t chunk = 0; chunk < used_pw; ++chunk) total += partial_pw.p[(chunk * g.k + k) * o.cp + c];
+          data<T>(grad_pw)[k * g.c + c] = static_cast<T>(total);
+        }
+      }
+    });
+    const NormGradients<A> norm1(sums1, first, g.c, o.cp, count, dw_batch);
+    o.center1 = norm1.center.p, o.slope1 = norm1.slope.p;
+
+    const Buffer<A> partial_dw(kChunks * taps * o.cp);
+    in_chunks(pixels, g.ow, [&](int64_t chunk, int64_t begin, int64_t end) {
+      SEGFAST_CALL(backward_depthwise_weight<T, A>)(o, begin, end, partial_dw.p + chunk * taps * o.cp);
+    });
+    for (int64_t c = 0; c < g.c; ++c) {
+      for (int64_t tap = 0; tap < taps; ++tap) {
+        double total = 0;
+        for (int64_t chunk = 0; chunk < kChunks; ++chunk) total += partial_dw.p[(chunk * taps + tap) * o.cp + c];
+        data<T>(grad_dw)[c * taps + tap] = static_cast<T>(total);
+      }
+    }
+    if (need_input) {
+      const Buffer<A> dw = depthwise_weight<A>(dw_weight, g, nullptr), flipped = depthwise_weight<A>(dw_weight, g, nullptr, true);
+      o.dw = dw.p, o.dw_flipped = flipped.p;
+      parallel_for(0, g.n * g.h, 1, [&](int64_t begin, int64_t end) { SEGFAST_CALL(backward_input<T, A>)(o, begin, end); });
+    }
+    dw_g[0] = norm1.bias, dw_g[1] = norm1.gamma, dw_g[2] = norm1.beta;
+    pw_g[0] = norm2.bias, pw_g[1] = norm2.gamma, pw_g[2] = norm2.beta;
+  });
+  return {channels_last || !need_input ? grad_x : torch::stable::contiguous(grad_x),
+          grad_dw,
+          vector_tensor(dw_g[0], x, dtype),
+          vector_tensor(dw_g[1], x, statistics),
+          vector_tensor(dw_g[2], x, statistics),
+          grad_pw,
+          vector_tensor(pw_g[0], x, dtype),
+          vector_tensor(pw_g[1], x, statistics),
+          vector_tensor(pw_g[2], x, statistics)};
+}
+
+}  // namespace
+}  // namespace segfast
+
+STABLE_TORCH_LIBRARY_IMPL(segfast, CPU, m) {
+  m.impl("ds_conv", TORCH_BOX(&segfast::ds_conv_cpu));
+  m.impl("ds_conv_train", TORCH_BOX(&segfast::ds_conv_train_cpu));
+  m.impl("ds_conv_backward", TORCH_BOX(&segfast::ds_conv_backward_cpu));
+}
+#endif
