@@ -21,7 +21,7 @@ table: dict[str, dict[str, str]] = {}
 if importlib.util.find_spec("segfast._C") is None:
     _C = None  # SEGFAST_BUILD=none: every op runs on its reference, and `python -m segfast` says so
 else:
-    from segfast import _C  # a module that is there but does not load is an error worth seeing
+    from segfast import _C as _C  # a module that is there but does not load is an error worth seeing
 
 has_triton = importlib.util.find_spec("triton") is not None
 
@@ -63,7 +63,7 @@ def layout(x: Tensor) -> torch.memory_format:
 
 
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Under autocast: the tensors cast (differentiably) to its dtype; else as they are. float64 is left alone, as autocast does."""
+    """Under autocast: the tensors cast (differentiably) to its dtype; else as they are. float64 stays, as autocast has it."""
     device = tensors[0].device.type
     if not torch.is_autocast_enabled(device):
         return tensors
