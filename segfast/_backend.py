@@ -62,10 +62,10 @@ def layout(x: Tensor) -> torch.memory_format:
     return torch.contiguous_format
 
 
-def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """Under autocast: the tensors cast (differentiably) to its dtype; else as they are. float64 stays, as autocast has it."""
     device = tensors[0].device.type
     if not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
-    return tuple(t.to(dtype) if t is not None and t.dtype != torch.float64 else t for t in tensors)
+    return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)

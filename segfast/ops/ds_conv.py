@@ -1,0 +1,331 @@
+"""Depthwise-separable convolution: depthwise, BatchNorm, activation, pointwise, BatchNorm, activation, as one operation."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.utils.flop_counter import conv_backward_flop, conv_flop_count, register_flop_formula
+
+from segfast import _backend
+
+ACTIVATIONS = {None: 0, "relu": 1, "relu6": 2, "silu": 3, "hardswish": 4}
+_APPLY = {"relu": F.relu, "relu6": F.relu6, "silu": F.silu, "hardswish": F.hardswish}
+_MAX_TAPS = 64  # the kernels' limit; a larger depthwise kernel runs on the reference
+
+
+class BatchNorm(NamedTuple):
+    """The tensors of one `nn.BatchNorm2d`, each (C,) or None, float32 or the dtype of x.
+
+    Without running statistics the batch's own are used. `momentum` is the factor of this call (`nn.BatchNorm2d` works it out
+    from `num_batches_tracked` when its momentum is None).
+    """
+
+    running_mean: Tensor | None = None
+    running_var: Tensor | None = None
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    eps: float = 1e-5
+    momentum: float = 0.1
+
+
+def ds_conv_reference(
+    x: Tensor,
+    dw_weight: Tensor,
+    pw_weight: Tensor,
+    *,
+    dw_bias: Tensor | None = None,
+    pw_bias: Tensor | None = None,
+    dw_bn: BatchNorm | None = None,
+    pw_bn: BatchNorm | None = None,
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] | None = None,
+    dilation: int | tuple[int, int] = 1,
+    dw_act: str | None = "relu",
+    act: str | None = "relu",
+    training: bool | tuple[bool, bool] = False,
+) -> Tensor:
+    stride, dilation, training = _pair(stride), _pair(dilation), _pair(training)
+    padding = _same(dw_weight, dilation) if padding is None else _pair(padding)
+    x, dw_weight, pw_weight, dw_bias, pw_bias = _backend.autocast(x, dw_weight, pw_weight, dw_bias, pw_bias)
+    memory_format = _backend.layout(x)
+    for weight, bias, bn, activation, batch, options in (
+        (
+            dw_weight,
+            dw_bias,
+            dw_bn,
+            dw_act,
+            training[0],
+            {"stride": stride, "padding": padding, "dilation": dilation, "groups": x.shape[1]},
+        ),
+        (pw_weight, pw_bias, pw_bn, act, training[1], {}),
+    ):
+        x = F.conv2d(x, weight, bias, **options)
+        if bn is not None:
+            x = F.batch_norm(x, *bn[:4], training=batch or bn.running_mean is None, momentum=bn.momentum, eps=bn.eps)
+        if activation is not None:
+            x = _APPLY[activation](x)
+    return x.contiguous(memory_format=memory_format)
+
+
+_NORM = "Tensor? {0}_mean, Tensor? {0}_var, Tensor? {0}_gamma, Tensor? {0}_beta, float {0}_eps"
+_GEOMETRY = "SymInt[] stride, SymInt[] padding, SymInt[] dilation, int dw_act, int act"
+_FORWARD = (
+    f"(Tensor x, Tensor dw_weight, Tensor? dw_bias, {_NORM.format('dw')}, "
+    f"Tensor pw_weight, Tensor? pw_bias, {_NORM.format('pw')}, {_GEOMETRY})"
+)
+torch.library.define("segfast::ds_conv", f"{_FORWARD} -> Tensor")
+torch.library.define(
+    "segfast::ds_conv_train",
+    f"{_FORWARD} -> (Tensor y, Tensor u, Tensor z, Tensor dw_mean, Tensor dw_var, Tensor pw_mean, Tensor pw_var)",
+)
+torch.library.define(
+    "segfast::ds_conv_backward",
+    "(Tensor grad, Tensor x, Tensor u, Tensor z, "
+    "Tensor dw_weight, Tensor dw_mean, Tensor dw_var, Tensor? dw_gamma, Tensor? dw_beta, float dw_eps, bool dw_batch, "
+    "Tensor pw_weight, Tensor pw_mean, Tensor pw_var, Tensor? pw_gamma, Tensor? pw_beta, float pw_eps, bool pw_batch, "
+    f"{_GEOMETRY}, bool need_input) -> (Tensor grad_x, Tensor grad_dw_weight, Tensor grad_dw_bias, Tensor grad_dw_gamma, "
+    "Tensor grad_dw_beta, Tensor grad_pw_weight, Tensor grad_pw_bias, Tensor grad_pw_gamma, Tensor grad_pw_beta)",
+)
+for _op in ("ds_conv", "ds_conv_train", "ds_conv_backward"):
+    _backend.register(_op)
+
+
+def _output_size(x, dw_weight, stride, padding, dilation) -> tuple:
+    return tuple((x[2 + i] + 2 * padding[i] - dilation[i] * (dw_weight[2 + i] - 1) - 1) // stride[i] + 1 for i in range(2))
+
+
+def _statistics_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+@torch.library.register_fake("segfast::ds_conv")
+def _(x, dw_weight, *args):
+    pw_weight, stride, padding, dilation = args[6], *args[13:16]
+    size = (x.shape[0], pw_weight.shape[0], *_output_size(x.shape, dw_weight.shape, stride, padding, dilation))
+    return x.new_empty(size).contiguous(memory_format=_backend.layout(x))
+
+
+@torch.library.register_fake("segfast::ds_conv_train")
+def _(x, dw_weight, *args):
+    pw_weight, stride, padding, dilation = args[6], *args[13:16]
+    n, c, k = x.shape[0], x.shape[1], pw_weight.shape[0]
+    size = _output_size(x.shape, dw_weight.shape, stride, padding, dilation)
+    y = x.new_empty((n, k, *size)).contiguous(memory_format=_backend.layout(x))
+    u = x.new_empty((n, c, *size)).contiguous(memory_format=torch.channels_last)
+    z = x.new_empty((n, k, *size)).contiguous(memory_format=torch.channels_last)
+    statistics = (x.new_empty(m, dtype=_statistics_dtype(x)) for m in (c, c, k, k))
+    return y, u, z, *statistics
+
+
+@torch.library.register_fake("segfast::ds_conv_backward")
+def _(grad, x, u, z, dw_weight, *args):
+    pw_weight, need_input = args[6], args[-1]
+    c, k, dtype = x.shape[1], pw_weight.shape[0], _statistics_dtype(x)
+    grad_x = x.new_empty((x.shape[0] if need_input else 0, *x.shape[1:]))
+    grad_x = grad_x.contiguous(memory_format=_backend.layout(x) if need_input else torch.channels_last)
+    grad_dw, grad_pw = dw_weight.new_empty(dw_weight.shape), pw_weight.new_empty(pw_weight.shape)
+    return (
+        *(grad_x, grad_dw, x.new_empty(c), x.new_empty(c, dtype=dtype), x.new_empty(c, dtype=dtype)),
+        *(grad_pw, x.new_empty(k), x.new_empty(k, dtype=dtype), x.new_empty(k, dtype=dtype)),
+    )
+
+
+def _flops(x, dw_weight, pw_weight, y) -> int:
+    u = (*x[:1], dw_weight[0], *y[2:])
+    return conv_flop_count(x, dw_weight, u) + conv_flop_count(u, pw_weight, y)
+
+
+@register_flop_formula(torch.ops.segfast.ds_conv)
+def _(x, dw_weight, *args, out_shape=None, **kwargs) -> int:
+    return _flops(x, dw_weight, args[6], out_shape)
+
+
+@register_flop_formula(torch.ops.segfast.ds_conv_train)
+def _(x, dw_weight, *args, out_shape=None, **kwargs) -> int:
+    return _flops(x, dw_weight, args[6], out_shape[0])
+
+
+@register_flop_formula(torch.ops.segfast.ds_conv_backward)
+def _(grad, x, u, z, dw_weight, *args, out_shape=None, **kwargs) -> int:
+    pw_weight, need_input = args[6], args[-1]
+    shared = (
+        None,
+        None,
+        None,
+        None,
+        False,
+        None,
+        None,
+    )  # bias sizes, stride, padding, dilation, transposed, output padding, groups
+    pw = conv_backward_flop(grad, u, pw_weight, *shared, (True, True, False), out_shape=(u, pw_weight, None))
+    dw = conv_backward_flop(u, x, dw_weight, *shared, (need_input, True, False), out_shape=(x, dw_weight, None))
+    return pw + dw
+
+
+class DsConv(torch.autograd.Function):
+    """Keeps the two convolutions' outputs and recomputes the rest: half of what eager keeps."""
+
+    @staticmethod
+    def forward(ctx, x, dw_weight, dw_bias, dw_gamma, dw_beta, pw_weight, pw_bias, pw_gamma, pw_beta, dw_norm, pw_norm, options):
+        (dw_mean, dw_var, dw_eps), (pw_mean, pw_var, pw_eps) = dw_norm, pw_norm
+        y, u, z, *statistics = torch.ops.segfast.ds_conv_train.default(
+            *(x, dw_weight, dw_bias, dw_mean, dw_var, dw_gamma, dw_beta, dw_eps),
+            *(pw_weight, pw_bias, pw_mean, pw_var, pw_gamma, pw_beta, pw_eps, *options),
+        )
+        ctx.save_for_backward(x, u, z, dw_weight, pw_weight, dw_gamma, dw_beta, pw_gamma, pw_beta, *statistics)
+        ctx.biases = dw_bias is not None, pw_bias is not None
+        ctx.norms = (dw_eps, dw_mean is None), (pw_eps, pw_mean is None)
+        ctx.options = options
+        ctx.mark_non_differentiable(*statistics)
+        return y, *statistics
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad, *_):
+        x, u, z, dw_weight, pw_weight, dw_gamma, dw_beta, pw_gamma, pw_beta, *statistics = ctx.saved_tensors
+        grad_x, dw, dw_bias, g1, b1, pw, pw_bias, g2, b2 = torch.ops.segfast.ds_conv_backward.default(
+            *(grad, x, u, z, dw_weight, *statistics[:2], dw_gamma, dw_beta, *ctx.norms[0]),
+            *(pw_weight, *statistics[2:], pw_gamma, pw_beta, *ctx.norms[1], *ctx.options, ctx.needs_input_grad[0]),
+        )
+        grads = [grad_x, dw, dw_bias, g1, b1, pw, pw_bias, g2, b2]
+        likes = [x, dw_weight, x, dw_gamma, dw_beta, pw_weight, x, pw_gamma, pw_beta]
+        wanted = ctx.needs_input_grad[:9]
+        return *(g.to(like.dtype) if need else None for g, like, need in zip(grads, likes, wanted)), None, None, None
+
+
+def ds_conv(
+    x: Tensor,
+    dw_weight: Tensor,
+    pw_weight: Tensor,
+    *,
+    dw_bias: Tensor | None = None,
+    pw_bias: Tensor | None = None,
+    dw_bn: BatchNorm | None = None,
+    pw_bn: BatchNorm | None = None,
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] | None = None,
+    dilation: int | tuple[int, int] = 1,
+    dw_act: str | None = "relu",
+    act: str | None = "relu",
+    training: bool | tuple[bool, bool] = False,
+) -> Tensor:
+    """Depthwise-separable convolution with both BatchNorms and both activations, in one operation.
+
+    u = dw(x) + dw_bias;  v = dw_act(bn(u));  z = pw(v) + pw_bias;  y = act(bn(z))
+
+    (MobileNet, Howard et al., arXiv:1704.04861, fig. 3; the block of Fast-SCNN, arXiv:1902.04502.) For inference the
+    BatchNorms are folded and the depthwise result never leaves the cache. For training u and z are kept for the backward
+    and v is recomputed.
+
+    Args:
+        x: (N, C, H, W), float; channels_last is native, other layouts are copied.
+        dw_weight: (C, 1, kh, kw).
+        pw_weight: (K, C, 1, 1).
+        dw_bias: (C,) or None.
+        pw_bias: (K,) or None.
+        dw_bn: the first BatchNorm, or None for none.
+        pw_bn: the second BatchNorm, or None for none.
+        stride: of the depthwise convolution, >= 1.
+        padding: zeros on each side, >= 0; None: dilation * (k - 1) // 2.
+        dilation: of the depthwise convolution, >= 1.
+        dw_act: between the convolutions: "relu", "relu6", "silu", "hardswish" or None.
+        act: at the end; the same choices.
+        training: normalise with the batch's statistics and update the running ones in place, as `F.batch_norm` does; a pair
+            sets the two BatchNorms apart. False with gradients is the frozen BatchNorm.
+
+    Returns:
+        (N, K, H', W'), the dtype of x (autocast's under autocast); channels_last if x is, else contiguous.
+
+    Raises:
+        ValueError: shapes, sizes or options that do not fit, one value a channel when training.
+        TypeError: dtypes that do not fit.
+    """
+    stride, dilation, training = _pair(stride), _pair(dilation), _pair(training)
+    padding = _same(dw_weight, dilation) if padding is None else _pair(padding)
+    _check(x, dw_weight, pw_weight, dw_bias, pw_bias, dw_bn, pw_bn, stride, padding, dilation, dw_act, act, training)
+    tensors = [t for t in (x, dw_weight, pw_weight, dw_bias, pw_bias, *(dw_bn or ())[:4], *(pw_bn or ())[:4]) if t is not None]
+    if not _backend.has_kernel("ds_conv", *tensors) or dw_weight.shape[2] * dw_weight.shape[3] > _MAX_TAPS:
+        return ds_conv_reference(
+            *(x, dw_weight, pw_weight), dw_bias=dw_bias, pw_bias=pw_bias, dw_bn=dw_bn, pw_bn=pw_bn, stride=stride, padding=padding,
+            dilation=dilation, dw_act=dw_act, act=act, training=training,
+        )  # fmt: skip
+    x, dw_weight, pw_weight, dw_bias, pw_bias = _backend.autocast(x, dw_weight, pw_weight, dw_bias, pw_bias)
+    options = (stride, padding, dilation, ACTIVATIONS[dw_act], ACTIVATIONS[act])
+    batch = [bn is not None and (train or bn.running_mean is None) for bn, train in zip((dw_bn, pw_bn), training)]
+    gradients = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    if not gradients and not any(batch):
+        one, two = (bn or BatchNorm() for bn in (dw_bn, pw_bn))
+        return torch.ops.segfast.ds_conv.default(x, dw_weight, dw_bias, *one[:5], pw_weight, pw_bias, *two[:5], *options)
+
+    norms = []
+    for bn, use_batch, channels in zip((dw_bn, pw_bn), batch, (x.shape[1], pw_weight.shape[0])):
+        if bn is None:
+            norms.append((x.new_zeros(channels), x.new_ones(channels), 0.0))
+        else:
+            norms.append((None, None, bn.eps) if use_batch else (bn.running_mean, bn.running_var, bn.eps))
+    one, two = (bn or BatchNorm() for bn in (dw_bn, pw_bn))
+    y, *statistics = DsConv.apply(
+        x, dw_weight, dw_bias, one.weight, one.bias, pw_weight, pw_bias, two.weight, two.bias, *norms, options
+    )
+    count = y.shape[0] * y.shape[2] * y.shape[3]
+    for bn, use_batch, train, mean, var in zip((dw_bn, pw_bn), batch, training, statistics[::2], statistics[1::2]):
+        if use_batch and train and bn.running_mean is not None:
+            with torch.no_grad():
+                bn.running_mean.lerp_(mean.to(bn.running_mean.dtype), bn.momentum)
+                bn.running_var.lerp_((var * (count / (count - 1))).to(bn.running_var.dtype), bn.momentum)
+    return y
+
+
+def _pair(value) -> tuple:
+    return (value, value) if isinstance(value, (int, bool)) or not hasattr(value, "__len__") else tuple(value)
+
+
+def _same(dw_weight: Tensor, dilation: tuple[int, int]) -> tuple[int, int]:
+    return tuple(d * (k - 1) // 2 for d, k in zip(dilation, dw_weight.shape[2:]))
+
+
+def _check(x, dw_weight, pw_weight, dw_bias, pw_bias, dw_bn, pw_bn, stride, padding, dilation, dw_act, act, training) -> None:
+    shapes = tuple(x.shape), tuple(dw_weight.shape), tuple(pw_weight.shape)
+    if x.dim() != 4 or dw_weight.dim() != 4 or dw_weight.shape[:2] != (x.shape[1], 1):
+        raise ValueError(f"ds_conv: want x (N, C, H, W) and dw_weight (C, 1, kh, kw), got {shapes[0]} and {shapes[1]}")
+    if pw_weight.dim() != 4 or pw_weight.shape[1:] != (x.shape[1], 1, 1):
+        raise ValueError(f"ds_conv: want pw_weight (K, C, 1, 1) with C = {x.shape[1]}, got {shapes[2]}")
+    if not x.dtype.is_floating_point:
+        raise TypeError(f"ds_conv: want a float dtype, got {x.dtype}")
+    for name, value, least in (("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1)):
+        if len(value) != 2 or not all(isinstance(v, (int, torch.SymInt)) and v >= least for v in value):
+            raise ValueError(f"ds_conv: want {name} >= {least}, an int or a pair, got {value}")
+    for name, value in (("dw_act", dw_act), ("act", act)):
+        if value not in ACTIVATIONS:
+            raise ValueError(f"ds_conv: want {name} one of {', '.join(map(repr, ACTIVATIONS))}, got {value!r}")
+    size = _output_size(x.shape, dw_weight.shape, stride, padding, dilation)
+    if x.shape[2] + 2 * padding[0] <= dilation[0] * (dw_weight.shape[2] - 1) or size[1] < 1:
+        raise ValueError(
+            f"ds_conv: want a kernel no larger than the padded input, got x {shapes[0]}, dw_weight {shapes[1]}, {padding=}"
+        )
+    autocast = torch.is_autocast_enabled(x.device.type)
+    for prefix, weight, bias, bn, batch in (
+        ("dw", dw_weight, dw_bias, dw_bn, training[0]),
+        ("pw", pw_weight, pw_bias, pw_bn, training[1]),
+    ):
+        channels = weight.shape[0]
+        small = x.dtype in (torch.float16, torch.bfloat16)
+        for name, t in (("weight", weight), ("bias", bias), *((bn._asdict().items()) if bn is not None else ())):
+            if not isinstance(t, Tensor):
+                continue
+            if name != "weight" or t is not weight:
+                if t.shape != (channels,):
+                    raise ValueError(f"ds_conv: want {prefix} {name} ({channels},), got {tuple(t.shape)}")
+            if t.device != x.device:
+                raise ValueError(f"ds_conv: want one device, got x on {x.device} and {prefix} {name} on {t.device}")
+            norm = bn is not None and t is not weight and t is not bias
+            if t.dtype != x.dtype and not autocast and not (norm and small and t.dtype == torch.float32):
+                raise TypeError(f"ds_conv: want {prefix} {name} in {x.dtype}, got {t.dtype}")
+        if bn is not None and (bn.running_mean is None) != (bn.running_var is None):
+            raise ValueError(f"ds_conv: want both running statistics of {prefix}_bn or neither, got one")
+        if bn is not None and (batch or bn.running_mean is None) and x.shape[0] * size[0] * size[1] == 1:
+            raise ValueError(f"ds_conv: want more than one value a channel when training, got an output of 1x{channels}x1x1")
