@@ -145,7 +145,7 @@ SEGFAST_INLINE void product(int64_t rows, int64_t depth, const A* a, int64_t lda
                      [&](int64_t i, int j, Vec<A> v) { done(i0 + i, col + j * L, v); });
     }
   }
-  if (col < cols) {  // one vector is left
+  for (; col < cols; col += L) {
     for (int64_t i0 = 0; i0 < rows; i0 += M) {
       block<M, 1, A>(rows - i0, depth, a + i0 * lda, lda, 1, panels + col * depth, L,
                      [&](int64_t i, int, Vec<A> v) { done(i0 + i, col, v); });
@@ -157,13 +157,14 @@ SEGFAST_INLINE void product(int64_t rows, int64_t depth, const A* a, int64_t lda
 template <class A>
 SEGFAST_INLINE void product_transposed(int64_t pixels, const A* a, int64_t lda, int64_t rows, const A* b, int64_t ldb, A* out) {
   constexpr int V = kVectors<A>, M = kRows<A>, L = lanes<A>;
-  for (int64_t col = 0; col < ldb; col += V * L) {
+  for (int64_t col = 0, width; col < ldb; col += width) {
+    width = col + V * L <= ldb ? V * L : L;
     for (int64_t r0 = 0; r0 < rows; r0 += M) {
       const auto add = [&](int64_t i, int j, Vec<A> v) {
         A* o = out + (r0 + i) * ldb + col + j * L;
         store(o, load(o) + v);
       };
-      if (col + V * L <= ldb) {
+      if (width == V * L) {
         block<M, V, A>(rows - r0, pixels, a + r0, 1, lda, b + col, ldb, add);
       } else {
         block<M, 1, A>(rows - r0, pixels, a + r0, 1, lda, b + col, ldb, add);
@@ -176,7 +177,7 @@ SEGFAST_INLINE void product_transposed(int64_t pixels, const A* a, int64_t lda, 
 template <class T, class A>
 void pack(const T* w, int64_t cols, int64_t depth, int64_t col_step, int64_t d_step, const A* scale, A* out) {
   constexpr int V = kVectors<A>, L = lanes<A>;
-  const int64_t padded = (cols + L - 1) / L * L;
+  const int64_t padded = (cols + 15) / 16 * 16;  // as the launchers pad every row
   for (int64_t col = 0; col < padded;) {
     const int64_t width = padded - col >= V * L ? V * L : L;
     A* panel = out + col * depth;
