@@ -159,14 +159,15 @@ void pack_nodes(const T* x, int64_t channels, int64_t stride_c, int64_t stride_m
 //   grad_x = g / (norm + eps) - y (y . g) / norm    (the second term is the norm's own gradient), zero for a zero vector.
 // `out` is x's own layout: out[c * stride_c + m * stride_m].
 template <class T>
-void unpack_gradient(const double* y, const double* g, int64_t panel_stride, int64_t channels, int64_t count, const double* norm,
+void unpack_gradient(const double* y, int64_t y_stride, const double* g, int64_t g_stride, int64_t channels, int64_t count, const double* norm,
                      const double* inverse, double scale, bool detach_norm, T* out, int64_t stride_c, int64_t stride_m) {
   for (int64_t m = 0; m < count; ++m) {
     Vec<double> dots[kVectors] = {};
     if (!detach_norm && norm[m] != 0) {
       for (int64_t c = 0; c < channels; c += 8) {
-        const int64_t at = c / 8 * panel_stride + m * 8;
-        for (int v = 0; v < kVectors; ++v) dots[v] += load(y + at + v * lanes<double>) * load(g + at + v * lanes<double>);
+        const double* left = y + c / 8 * y_stride + m * 8;
+        const double* right = g + c / 8 * g_stride + m * 8;
+        for (int v = 0; v < kVectors; ++v) dots[v] += load(left + v * lanes<double>) * load(right + v * lanes<double>);
       }
     }
     double along = 0;
@@ -174,8 +175,8 @@ void unpack_gradient(const double* y, const double* g, int64_t panel_stride, int
     const double factor = scale * inverse[m];
     const double radial = detach_norm || norm[m] == 0 ? 0 : scale * along / norm[m];
     for (int64_t c = 0; c < channels; ++c) {
-      const int64_t at = c / 8 * panel_stride + m * 8 + c % 8;
-      const double value = norm[m] == 0 ? 0 : g[at] * factor - y[at] * radial;
+      const int64_t at = m * 8 + c % 8;
+      const double value = norm[m] == 0 ? 0 : g[c / 8 * g_stride + at] * factor - y[c / 8 * y_stride + at] * radial;
       out[c * stride_c + m * stride_m] = static_cast<T>(static_cast<compute<T>>(value));
     }
   }
@@ -269,13 +270,13 @@ struct Features {
     return empty({images, channels, nodes}, x.scalar_type(), x);
   }
 
-  void unpack(const Tensor& gradient, int64_t image, int64_t begin, int64_t count, const double* y, const double* g,
-              int64_t panel_stride, const double* norm, const double* inverse, double scale, bool detach_norm) const {
+  void unpack(const Tensor& gradient, int64_t image, int64_t begin, int64_t count, const double* y, int64_t y_stride,
+              const double* g, int64_t g_stride, const double* norm, const double* inverse, double scale, bool detach_norm) const {
     dispatch_float("pairwise", x.scalar_type(), [&](auto type) {
       using T = decltype(type);
       T* to = data<T>(gradient) + image * gradient.stride(0) + begin * gradient.stride(2);
       SEGFAST_CALL(unpack_gradient<T>)
-      (y, g, panel_stride, channels, count, norm, inverse, scale, detach_norm, to, gradient.stride(1), gradient.stride(2));
+      (y, y_stride, g, g_stride, channels, count, norm, inverse, scale, detach_norm, to, gradient.stride(1), gradient.stride(2));
     });
   }
 };

@@ -168,7 +168,7 @@ Tensor pairwise_loss_backward_cpu(const Tensor& grad, const Tensor& s, const Ten
       SEGFAST_CALL(mix)
       (difference, padded * 8, y.get(), padded / 8, a, (to - from) * 8, g.get() + from * 64, padded * 8);
       const int64_t count = std::min(nodes, to * 8) - from * 8;
-      student.unpack(out, image, from * 8, count, y.get() + from * 64, g.get() + from * 64, padded * 8, norm.get() + from * 8,
+      student.unpack(out, image, from * 8, count, y.get() + from * 64, padded * 8, g.get() + from * 64, padded * 8, norm.get() + from * 8,
                      inverse.get() + from * 8, scale, detach_norm);
     });
   }
@@ -183,7 +183,7 @@ Tensor pairwise_loss_backward_cpu(const Tensor& grad, const Tensor& s, const Ten
       student.pack(image, begin, count, rows, eps, z.get(), kNodes * 8, norm, inverse);
       SEGFAST_CALL(mix)
       (z.get(), kNodes * 8, weights + image * a * panels * 64, panels, a, rows, g.get(), kNodes * 8);
-      student.unpack(out, image, begin, count, z.get(), g.get(), kNodes * 8, norm, inverse, scale, detach_norm);
+      student.unpack(out, image, begin, count, z.get(), kNodes * 8, g.get(), kNodes * 8, norm, inverse, scale, detach_norm);
     }
   });
   return out;
