@@ -39,7 +39,7 @@ _backend.register("pairwise_loss")
 def gram_pays(nodes: int, student_channels: int, teacher_channels: int) -> bool:
     """Whether channels x channels products cost less than nodes x nodes ones, forward and backward."""
     s, t = student_channels, teacher_channels
-    return nodes * (3 * s + t) > 3 * s * s + t * t + 4 * s * t
+    return bool(nodes * (3 * s + t) > 3 * s * s + t * t + 4 * s * t)
 
 
 @torch.library.register_fake("segfast::pairwise_loss")
