@@ -57,3 +57,31 @@ def channel_shuffle(dtype: torch.dtype, device: torch.device) -> Iterator[Sample
         yield Sample(f"2x12x5x7-g3-{layout}", (tensor(2, 12, 5, 7, dtype=dtype, device=device, layout=layout), 3))
     for size, groups in (((1, 58, 3, 3), 2), ((2, 7, 4, 5), 7), ((2, 8, 4, 5), 1), ((0, 4, 3, 3), 2), ((3, 6, 1, 1), 2)):
         yield Sample(f"{'x'.join(map(str, size))}-g{groups}", (tensor(*size, dtype=dtype, device=device), groups))
+
+
+@samples
+def pairwise_loss(dtype: torch.dtype, device: torch.device) -> Iterator[Sample]:
+    def maps(size, teacher_channels, teacher_size=None, layout="contiguous"):
+        n, _, h, w = size
+        teacher = (n, teacher_channels, *(teacher_size or (h, w)))
+        return tuple(tensor(*s, dtype=dtype, device=device, layout=layout, seed=i) for i, s in enumerate((size, teacher)))
+
+    for layout in LAYOUTS:
+        yield Sample(f"2x5x7x6-t9-{layout}", maps((2, 5, 7, 6), 9, layout=layout), {"node_size": 1})
+    yield Sample("2x3x9x7-t3-pool2", maps((2, 3, 9, 7), 3))
+    yield Sample("1x6x5x8-t4-max3x2", maps((1, 6, 5, 8), 4), {"node_size": (3, 2), "pool": "max", "detach_norm": True})
+    yield Sample("2x17x4x3-t20-few-nodes", maps((2, 17, 4, 3), 20), {"node_size": 1})
+    yield Sample("2x4x6x5-t7-grid", maps((2, 4, 6, 5), 7, (9, 4)), {"grid": (3, 4)})
+    yield Sample("0x4x6x6-empty", maps((0, 4, 6, 6), 4))
+    yield Sample("2x3x1x1-t2", maps((2, 3, 1, 1), 2))
+    yield Sample("1x1x6x6-one-channel", maps((1, 1, 6, 6), 1), {"node_size": 1})
+
+
+@samples
+def pairwise_cosine(dtype: torch.dtype, device: torch.device) -> Iterator[Sample]:
+    for layout in LAYOUTS:
+        yield Sample(f"2x5x4x3-{layout}", (tensor(2, 5, 4, 3, dtype=dtype, device=device, layout=layout),))
+    yield Sample("1x9x7x5-pool2", (tensor(1, 9, 7, 5, dtype=dtype, device=device),), {"node_size": 2})
+    yield Sample("2x3x6x5-max-grid", (tensor(2, 3, 6, 5, dtype=dtype, device=device),), {"pool": "max", "grid": (2, 3)})
+    yield Sample("0x3x2x2-empty", (tensor(0, 3, 2, 2, dtype=dtype, device=device),))
+    yield Sample("2x3x1x1", (tensor(2, 3, 1, 1, dtype=dtype, device=device),))

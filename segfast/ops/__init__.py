@@ -2,5 +2,7 @@
 
 from segfast.ops.channel_shuffle import channel_shuffle
 from segfast.ops.ds_conv import BatchNorm, ds_conv
+from segfast.ops.pairwise_cosine import pairwise_cosine
+from segfast.ops.pairwise_loss import pairwise_loss
 
-__all__ = ["BatchNorm", "channel_shuffle", "ds_conv"]
+__all__ = ["BatchNorm", "channel_shuffle", "ds_conv", "pairwise_cosine", "pairwise_loss"]

@@ -1,0 +1,147 @@
+import os
+import subprocess
+import sys
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from segfast import _backend, distill, ops, testing
+from segfast.ops.pairwise_cosine import pairwise_cosine_reference
+from segfast.ops.pairwise_loss import gram_pays, pairwise_loss_reference
+
+compiled = pytest.mark.skipif("cpu" not in _backend.table["pairwise_loss"], reason="no compiled kernels")
+SETS = _backend._C.cpu_features()["kernel_sets"] if _backend._C else []
+
+
+@pytest.fixture(params=SETS)
+def each_set(request):
+    _backend._C.set_kernel_set(request.param)
+    yield request.param
+    _backend._C.set_kernel_set("auto")
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def randn(*size, seed=0, dtype=torch.float64):
+    return torch.randn(*size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def written_out(student, teacher):
+    """Equation 2 over the cosine similarities of equation 3, node by node."""
+    total = 0
+    for s, t in zip(student, teacher):
+        s, t = s.flatten(1), t.flatten(1)
+        for i in range(s.shape[1]):
+            for j in range(s.shape[1]):
+                a_s = F.cosine_similarity(s[:, i], s[:, j], dim=0, eps=0)
+                a_t = F.cosine_similarity(t[:, i], t[:, j], dim=0, eps=0)
+                total += (a_s - a_t) ** 2
+    return total / student.shape[0] / s.shape[1] ** 2
+
+
+def official(student, teacher, scale=0.5):
+    """The released CriterionPairWise: max-pooled patches, norms out of the graph, sum of squares over M^2 and N."""
+    patch = tuple(int(size * scale) for size in teacher.shape[2:])
+    pooled = [F.max_pool2d(x, patch, patch, 0, ceil_mode=True) for x in (student, teacher)]
+    matrices = []
+    for x in pooled:
+        norm = x.square().sum(1).sqrt().unsqueeze(1) + 1e-8
+        x = (x / norm.detach()).flatten(2)
+        matrices.append(torch.einsum("icm,icn->imn", x, x))
+    nodes = pooled[1].shape[2] * pooled[1].shape[3]
+    return ((matrices[1] - matrices[0]) ** 2 / nodes**2 / student.shape[0]).sum()
+
+
+def value_and_gradients(f, *inputs):
+    inputs = [x.detach().clone().requires_grad_() for x in inputs]
+    y = f(*inputs)
+    return y.detach(), *torch.autograd.grad(y, inputs)
+
+
+def close(a, b, tolerance=1e-11):
+    for x, y in zip(a, b):
+        torch.testing.assert_close(x, y, rtol=tolerance, atol=tolerance * y.abs().max().item() if y.numel() else 0)
+
+
+@pytest.mark.parametrize("channels", [(3, 5), (40, 17)], ids=["gram", "direct"])
+def test_the_formula_of_the_paper(channels):
+    student, teacher = randn(2, channels[0], 4, 5), randn(2, channels[1], 4, 5, seed=1)
+    got = value_and_gradients(partial(ops.pairwise_loss, node_size=1), student, teacher)
+    close(got, value_and_gradients(written_out, student, teacher), 1e-7)  # eps
+
+
+@pytest.mark.parametrize("size", [(8, 10), (7, 9), (5, 2)])
+def test_the_released_formula(size):
+    student, teacher = randn(2, 6, *size), randn(2, 11, *size, seed=1)
+    got = value_and_gradients(distill.PairWiseLoss(preset="official"), student, teacher)
+    close(got, value_and_gradients(official, student, teacher))
+
+
+def test_detach_norm_is_the_released_gradient_and_not_the_true_one():
+    student, teacher = randn(2, 6, 9, 8), randn(2, 6, 9, 8, seed=1)
+    loss = partial(ops.pairwise_loss, node_size=(4, 4), pool="max")
+    true, detached = (value_and_gradients(partial(loss, detach_norm=d), student, teacher) for d in (False, True))
+    close(detached, value_and_gradients(official, student, teacher))
+    assert true[0] == detached[0]
+    assert (true[1] - detached[1]).abs().max() > 1e-3 * true[1].abs().max()
+
+
+def test_edge_windows_average_what_they_cover():
+    x = randn(1, 3, 5, 4)
+    rows = [x[:, :, i : i + 2, j : j + 3].mean((2, 3)) for i in (0, 2, 4) for j in (0, 3)]
+    nodes = torch.stack(rows, 2).unsqueeze(3)
+    close([ops.pairwise_cosine(x, node_size=(2, 3))], [ops.pairwise_cosine(nodes)])
+
+
+def test_grid_takes_any_sizes_and_leaves_node_size_alone():
+    student, teacher = randn(2, 6, 7, 9), randn(2, 10, 14, 5, seed=1)
+    got = value_and_gradients(partial(ops.pairwise_loss, grid=(3, 4), node_size=0), student, teacher)
+
+    def pooled(s, t):
+        return ops.pairwise_loss(F.adaptive_avg_pool2d(s, (3, 4)), F.adaptive_avg_pool2d(t, (3, 4)), node_size=1)
+
+    close(got, value_and_gradients(pooled, student, teacher))
+
+
+def test_cosine_is_the_matrix_of_cosines():
+    x = randn(2, 5, 3, 4)
+    nodes = x.flatten(2)
+    wanted = F.cosine_similarity(nodes.unsqueeze(2), nodes.unsqueeze(3), dim=1)
+    got = ops.pairwise_cosine(x)
+    close([got], [wanted], 1e-7)
+    assert torch.equal(got, got.transpose(1, 2))
+
+
+@compiled
+@pytest.mark.parametrize("nodes, channels", [((3, 3), (1, 1)), ((8, 8), (8, 8)), ((9, 7), (25, 30)), ((5, 5), (30, 24)), ((17, 19), (9, 70))])
+@pytest.mark.parametrize("layout", testing.LAYOUTS)
+def test_both_forms_on_every_kernel_set(each_set, nodes, channels, layout):
+    s, t = (testing.tensor(2, c, *nodes, dtype=torch.float64, device="cpu", layout=layout, seed=c) for c in channels)
+    s, t = s.flatten(2), t.flatten(2)
+    wanted = value_and_gradients(lambda s, t: pairwise_loss_reference(s.unsqueeze(3), t.unsqueeze(3), node_size=1), s, t)
+    for gram in (False, True):
+        loss, saved = torch.ops.segfast.pairwise_loss(s, t, 1e-8, gram)
+        grad = torch.tensor(1.0)
+        backward = torch.ops.segfast.pairwise_loss_backward
+        got = loss, backward(grad, s, t, saved, 1e-8, gram, False), backward(grad, t, s, None, 1e-8, gram, False)
+        if channels == (1, 1):  # all cosines are +-1: the gradient is eps
+            torch.testing.assert_close(got, wanted, rtol=1e-11, atol=1e-15)
+        else:
+            close(got, wanted)
+
+
+@compiled
+@pytest.mark.parametrize("dtype", _backend.DTYPES)
+def test_cosine_on_every_kernel_set(each_set, dtype):
+    x = randn(2, 21, 9, 7, dtype=dtype)
+    weight = randn(2, 63, 63, seed=1, dtype=dtype)
+    got = value_and_gradients(lambda x: (ops.pairwise_cosine(x) * weight).double().sum(), x)
+    exact = value_and_gradients(lambda x: (pairwise_cosine_reference(x) * weight.double()).sum(), x.double())
+    assert (got[1].double() - exact[1]).abs().max() <= 4 * torch.finfo(dtype).eps * exact[1].abs().max()
