@@ -61,7 +61,7 @@ def extension():
         library_dirs=library_dirs,
         libraries=libraries,
         define_macros=macros,
-        extra_compile_args={"cxx": cxx, "nvcc": ["-O3", "-std=c++20", "--expt-relaxed-constexpr", "-Xcompiler", "-fPIC,-fvisibility=hidden"]},
+        extra_compile_args={"cxx": cxx, "nvcc": ["-O3", "-std=c++20", "--expt-relaxed-constexpr", "-Xcompiler", "-fvisibility=hidden"]},
         extra_link_args=link,
         language="c++",
     )

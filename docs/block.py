@@ -13,27 +13,35 @@ ROWS = [
     ("segfast.ops.ds_conv", 2, "#0b7285"),
 ]
 LEFT, UNIT, ROW = 250, 36, 42
+GREY = "#52606d"
 
 
-def bar(i: int, label: str, count: int, colour: str) -> str:
+def text(x: int, y: int, words: str, **style: str) -> str:
+    attributes = "".join(f' {name.replace("_", "-")}="{value}"' for name, value in style.items())
+    return f'<text x="{x}" y="{y}"{attributes}>{words}</text>'
+
+
+def bar(i: int, label: str, count: int, colour: str) -> list[str]:
     y = 92 + i * ROW
-    maps = "".join(f'<rect x="{LEFT + k * UNIT}" y="{y}" width="{UNIT - 4}" height="26" rx="3" fill="{colour}"/>' for k in range(count))
-    return (
-        f'<text x="{LEFT - 12}" y="{y + 18}" text-anchor="end">{label}</text>{maps}'
-        f'<text x="{LEFT + count * UNIT + 6}" y="{y + 18}" font-weight="bold">{count}</text>'
-    )
+    maps = [f'<rect x="{LEFT + k * UNIT}" y="{y}" width="{UNIT - 4}" height="26" rx="3" fill="{colour}"/>' for k in range(count)]
+    end = text(LEFT + count * UNIT + 6, y + 18, str(count), font_weight="bold")
+    return [text(LEFT - 12, y + 18, label, text_anchor="end"), *maps, end]
 
 
 def picture() -> str:
-    rows = "\n".join(bar(i, *row) for i, row in enumerate(ROWS))
-    return f"""<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 740 290" font-family="Helvetica, Arial, sans-serif" font-size="14" fill="#1f2933">
-<rect width="740" height="290" fill="#ffffff"/>
-<text x="24" y="34" font-size="18" font-weight="bold">What a depthwise-separable block moves through memory</text>
-<text x="24" y="58" fill="#52606d">depthwise k x k, BatchNorm, ReLU, pointwise 1 x 1, BatchNorm, ReLU: feature maps read and written at inference</text>
-{rows}
-<text x="24" y="276" font-size="12" fill="#52606d">Stride 1, as many channels out as in. Counted, not timed: times are in the table below.</text>
-</svg>
-"""
+    style = 'font-family="Helvetica, Arial, sans-serif" font-size="14" fill="#1f2933"'
+    about = "depthwise k x k, BatchNorm, ReLU, pointwise 1 x 1, BatchNorm, ReLU: feature maps read and written at inference"
+    foot = "Stride 1, as many channels out as in. Counted, not timed: times are in the table below."
+    lines = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 800 290" {style}>',
+        '<rect width="800" height="290" fill="#ffffff"/>',
+        text(24, 34, "What a depthwise-separable block moves through memory", font_size="18", font_weight="bold"),
+        text(24, 58, about, fill=GREY),
+        *(line for i, row in enumerate(ROWS) for line in bar(i, *row)),
+        text(24, 276, foot, fill=GREY, font_size="12"),
+        "</svg>",
+    ]
+    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":
