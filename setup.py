@@ -31,6 +31,7 @@ def extension():
     with_cuda = bool(cuda_sources) and (os.environ.get("FORCE_CUDA") == "1" or torch.cuda.is_available())
     sources = ["csrc/module.cpp", *sorted(str(p) for p in Path("csrc/cpu").glob("*.cpp"))]
     cxx = ["-O3", "-g0", "-std=c++20", "-fvisibility=hidden", "-Wno-psabi", "-fno-math-errno"]
+    nvcc = ["-O3", "-std=c++20", "--expt-relaxed-constexpr", "-Xcompiler", "-fvisibility=hidden"]
     link = []
     if sys.platform == "win32":
         cxx = ["/O2", "/std:c++20"]
@@ -61,7 +62,7 @@ def extension():
         library_dirs=library_dirs,
         libraries=libraries,
         define_macros=macros,
-        extra_compile_args={"cxx": cxx, "nvcc": ["-O3", "-std=c++20", "--expt-relaxed-constexpr", "-Xcompiler", "-fvisibility=hidden"]},
+        extra_compile_args={"cxx": cxx, "nvcc": nvcc},
         extra_link_args=link,
         language="c++",
     )
