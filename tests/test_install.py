@@ -13,32 +13,16 @@ from torch.utils.data import DataLoader, Dataset
 import segfast
 from segfast import _backend, ops
 
-OPTIONAL = [
-    "timm",
-    "torchvision",
-    "torchmetrics",
-    "accelerate",
-    "tensorboard",
-    "matplotlib",
-    "onnx",
-    "onnxscript",
-    "onnxruntime",
-    "torchao",
-    "yaml",
-    "pytest",
-    "hypothesis",
-]
+OPTIONAL = {
+    *("timm", "torchvision", "torchmetrics", "accelerate", "tensorboard", "matplotlib", "yaml"),
+    *("onnx", "onnxscript", "onnxruntime", "torchao", "pytest", "hypothesis"),
+}
 
 
 def run(code: str, timeout: float = 120, **environment: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        env={**os.environ, **environment},
-        check=False,
-    )
+    environment = {**os.environ, **environment}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -62,7 +46,9 @@ def test_metadata():
 
 
 def test_import_loads_nothing_optional():
-    code = f"import torch, sys; before = set(sys.modules); import segfast; print(sorted({set(OPTIONAL)!r} & (set(sys.modules) - before)))"
+    code = (
+        f"import torch, sys; before = set(sys.modules); import segfast; print(sorted({OPTIONAL!r} & (set(sys.modules) - before)))"
+    )
     assert run(code).strip() == "[]"
 
 
