@@ -46,14 +46,11 @@ def test_metadata():
 
 
 def test_import_loads_nothing_optional():
-    code = (
-        f"import torch, sys; before = set(sys.modules); import segfast; print(sorted({OPTIONAL!r} & (set(sys.modules) - before)))"
-    )
-    assert run(code).strip() == "[]"
+    added = run("import torch, sys; before = set(sys.modules); import segfast; print(*set(sys.modules) - before)")
+    assert not OPTIONAL & set(added.split())
 
 
 def test_import_starts_no_thread():
-    # CPython's count of threads is its own: the kernel's shows those of a pool that was started
     code = (
         "import os, torch; a = len(os.listdir('/proc/self/task')); import segfast; print(len(os.listdir('/proc/self/task')) - a)"
     )
