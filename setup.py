@@ -30,7 +30,9 @@ def extension():
     cuda_sources = sorted(str(p) for p in Path("csrc/cuda").glob("*.cu"))
     with_cuda = bool(cuda_sources) and (os.environ.get("FORCE_CUDA") == "1" or torch.cuda.is_available())
     sources = ["csrc/module.cpp", *sorted(str(p) for p in Path("csrc/cpu").glob("*.cpp"))]
-    cxx = ["-O3", "-std=c++20", "-fvisibility=hidden", "-Wno-psabi", "-fno-math-errno"]
+    cxx = ["-O3", "-g0", "-std=c++20", "-fvisibility=hidden", "-Wno-psabi", "-fno-math-errno"]
+    nvcc = ["-O3", "-std=c++20", "--expt-relaxed-constexpr", "-Xcompiler", "-fvisibility=hidden"]
+    link = []
     if sys.platform == "win32":
         cxx = ["/O2", "/std:c++20"]
     include_dirs = [pybind11.get_include()]
@@ -49,6 +51,8 @@ def extension():
         include_dirs.append(str(Path(home) / "include"))
         library_dirs.append(str(Path(home) / "lib64"))
         libraries.append("cudart_static")
+        if sys.platform == "linux":
+            link.append("-Wl,--no-as-needed")  # through libtorch the loader finds libtorch_cuda, where there is one
     include_dirs += cpp_extension.include_paths("cpu")
     return Extension(
         "segfast._C",
@@ -58,7 +62,8 @@ def extension():
         library_dirs=library_dirs,
         libraries=libraries,
         define_macros=macros,
-        extra_compile_args={"cxx": cxx, "nvcc": ["-O3", "-std=c++20", "--expt-relaxed-constexpr", "-Xcompiler", "-fPIC"]},
+        extra_compile_args={"cxx": cxx, "nvcc": nvcc},
+        extra_link_args=link,
         language="c++",
     )
 
