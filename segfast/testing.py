@@ -26,6 +26,9 @@ class Sample:
 
 
 SAMPLES: dict[str, Callable[[torch.dtype, torch.device], Iterator[Sample]]] = {}
+LARGE: dict[
+    str, Callable[[torch.dtype, torch.device], Iterator[Sample]]
+] = {}  # sizes that run in parallel, for timing and determinism
 
 
 def samples(function: Callable[[torch.dtype, torch.device], Iterator[Sample]]):
