@@ -1,6 +1,7 @@
 """The fused operations. One file an op; each has a `<op>_reference` twin in plain PyTorch, which is its oracle."""
 
 from segfast.ops.channel_shuffle import channel_shuffle
+from segfast.ops.concat_shuffle import concat_shuffle
 from segfast.ops.ds_conv import BatchNorm, ds_conv
 
-__all__ = ["BatchNorm", "channel_shuffle", "ds_conv"]
+__all__ = ["BatchNorm", "channel_shuffle", "concat_shuffle", "ds_conv"]
