@@ -3,9 +3,8 @@
 #include <emmintrin.h>
 #endif
 
-#include "shuffle.h"
-
 #include "each_isa.h"
+#include "shuffle.h"
 
 #ifdef SEGFAST_KERNELS
 namespace segfast::SEGFAST_ISA {
@@ -34,6 +33,28 @@ inline void stream_copy(char* to, const char* from, int64_t bytes) {
 #else
   memcpy(to, from, bytes);
 #endif
+}
+
+// memcpy takes its time to start on the few bytes of a late stage's plane.
+inline void copy_plane(char* to, const char* from, int64_t bytes, bool stream) {
+  if (stream) return stream_copy(to, from, bytes);
+#ifdef __GNUC__
+  typedef char Bytes __attribute__((vector_size(SEGFAST_BYTES), aligned(1), may_alias));
+  constexpr int64_t step = SEGFAST_BYTES;
+  if (bytes >= step && bytes <= 2048) {
+    int64_t i = 0;
+    for (; i + 4 * step <= bytes; i += 4 * step) {
+      const Bytes* source = reinterpret_cast<const Bytes*>(from + i);
+      Bytes* target = reinterpret_cast<Bytes*>(to + i);
+      const auto a = source[0], b = source[1], c = source[2], d = source[3];
+      target[0] = a, target[1] = b, target[2] = c, target[3] = d;
+    }
+    for (; i + step <= bytes; i += step) *reinterpret_cast<Bytes*>(to + i) = *reinterpret_cast<const Bytes*>(from + i);
+    if (i < bytes) *reinterpret_cast<Bytes*>(to + bytes - step) = *reinterpret_cast<const Bytes*>(from + bytes - step);
+    return;
+  }
+#endif
+  memcpy(to, from, bytes);
 }
 
 inline void stream_end() {
@@ -113,12 +134,32 @@ template <class T, bool ToWhole>
 void shuffle_block(T* const* parts, const Part* shapes, const Segment* segments, int64_t number, T* whole, int64_t channels,
                    int64_t groups, int64_t rows) {
   const bool even = groups == 2 && number == 2;
+  // Shuffling k times with two groups is shuffling with 2^k: channel j goes to 2 j, 4 j, 8 j modulo C - 1.
+  constexpr int64_t most = 1024;
+  const bool power = !even && groups == number && (groups & (groups - 1)) == 0 && groups > 1 && channels <= most &&
+                     segments[0].part == segments[number - 1].part;
   for (int64_t row = 0; row < rows; ++row) {
     T* y = whole + row * channels;
     if (even) {
       T* a = parts[segments[0].part] + row * shapes[segments[0].part].channels + segments[0].offset;
       T* b = parts[segments[1].part] + row * shapes[segments[1].part].channels + segments[1].offset;
       pair<T, ToWhole>(a, b, y, segments[0].length);
+      continue;
+    }
+    if (power) {
+      T spare[2][most];
+      T* x = parts[segments[0].part] + row * channels;
+      T* from = ToWhole ? x : y;
+      const int64_t half = channels / 2;
+      for (int64_t g = 2, turn = 0; g <= groups; g *= 2, turn ^= 1) {
+        T* to = g < groups ? spare[turn] : (ToWhole ? y : x);
+        if constexpr (ToWhole) {
+          pair<T, true>(from, from + half, to, half);
+        } else {
+          pair<T, false>(to, to + half, from, half);
+        }
+        from = to;
+      }
       continue;
     }
     for (int64_t s = 0; s < number; ++s) {
@@ -179,7 +220,7 @@ Counter counter("channel_shuffle");
 constexpr int64_t kBufferBytes = 16384;
 
 // Above this an output no longer stays in a core's share of the cache.
-constexpr int64_t kStreamBytes = int64_t{8} << 20;
+constexpr int64_t kStreamBytes = int64_t{4} << 20;
 
 std::vector<Segment> segments_of(const std::vector<Part>& parts, int64_t groups, int64_t per_group) {
   std::vector<Segment> segments;
@@ -228,15 +269,15 @@ void copy_planes(const std::vector<Part>& parts, char* whole, int64_t batch, int
   }
   const bool stream = batch * channels * bytes >= kStreamBytes;
   parallel_for(0, batch * channels, 131072 / (bytes + 1) + 1, [&](int64_t begin, int64_t end) {
+    int64_t n = begin / channels, c = begin % channels;
     for (int64_t plane = begin; plane < end; ++plane) {
-      const int64_t n = plane / channels, c = plane % channels;
       char* part = first[c] + n * stride[c];
       char* to = way == Way::parts_to_whole ? whole + plane * bytes : part;
       const char* from = way == Way::parts_to_whole ? part : whole + plane * bytes;
-      if (stream) {
-        SEGFAST_CALL(stream_copy)(to, from, bytes);
-      } else {
-        std::memcpy(to, from, bytes);
+      SEGFAST_CALL(copy_plane)(to, from, bytes, stream);
+      if (++c == channels) {
+        c = 0;
+        ++n;
       }
     }
     if (stream) SEGFAST_CALL(stream_end)();

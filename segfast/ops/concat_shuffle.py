@@ -49,7 +49,8 @@ def _(*args, **kwargs) -> int:
 
 class ConcatShuffle(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, groups, *tensors):
+    def forward(*args):  # with (ctx, groups, *tensors), Dynamo takes two tensors for a call without ctx: it counts parameters
+        ctx, groups, *tensors = args
         ctx.groups, ctx.channels = groups, [t.shape[1] for t in tensors]
         return torch.ops.segfast.concat_shuffle.default(tensors, groups)
 
