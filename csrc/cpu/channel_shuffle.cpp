@@ -220,7 +220,7 @@ Counter counter("channel_shuffle");
 constexpr int64_t kBufferBytes = 16384;
 
 // Above this an output no longer stays in a core's share of the cache.
-constexpr int64_t kStreamBytes = int64_t{4} << 20;
+constexpr int64_t kStreamBytes = int64_t{8} << 20;
 
 std::vector<Segment> segments_of(const std::vector<Part>& parts, int64_t groups, int64_t per_group) {
   std::vector<Segment> segments;
