@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -36,7 +37,7 @@ def register(op: str) -> None:
         owners["cpu"] = "c++"
     if requested == "auto" and has(f"segfast::{op}", "CUDA"):
         owners["cuda"] = "cuda"
-    elif has_triton and importlib.util.find_spec(f"segfast.triton.{op}") is not None:
+    elif has_triton and (Path(__file__).parent / "triton" / f"{op}.py").exists():
         importlib.import_module(f"segfast.triton.{op}")
         owners["cuda"] = "triton"
 

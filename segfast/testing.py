@@ -26,6 +26,9 @@ class Sample:
 
 
 SAMPLES: dict[str, Callable[[torch.dtype, torch.device], Iterator[Sample]]] = {}
+LARGE: dict[
+    str, Callable[[torch.dtype, torch.device], Iterator[Sample]]
+] = {}  # sizes that run in parallel, for timing and determinism
 
 
 def samples(function: Callable[[torch.dtype, torch.device], Iterator[Sample]]):
@@ -85,3 +88,42 @@ def pairwise_cosine(dtype: torch.dtype, device: torch.device) -> Iterator[Sample
     yield Sample("2x3x6x5-max-grid", (tensor(2, 3, 6, 5, dtype=dtype, device=device),), {"pool": "max", "grid": (2, 3)})
     yield Sample("0x3x2x2-empty", (tensor(0, 3, 2, 2, dtype=dtype, device=device),))
     yield Sample("2x3x1x1", (tensor(2, 3, 1, 1, dtype=dtype, device=device),))
+
+
+@samples
+def concat_shuffle(dtype: torch.dtype, device: torch.device) -> Iterator[Sample]:
+    def parts(size, channels, layout="contiguous"):
+        n, h, w = size
+        return [tensor(n, c, h, w, dtype=dtype, device=device, layout=layout, seed=i) for i, c in enumerate(channels)]
+
+    for layout in LAYOUTS:
+        yield Sample(f"20+20-{layout}", (parts((2, 5, 7), (20, 20), layout), 2))
+    yield Sample("58+58-channels_last", (parts((1, 3, 3), (58, 58), "channels_last"),))
+    yield Sample("mixed-layouts", ([*parts((2, 4, 3), (6,), "channels_last"), *parts((2, 4, 3), (6,), "strided")],))
+    yield Sample("5+4+3-g3", (tuple(parts((2, 3, 5), (5, 4, 3), "channels_last")), 3))
+    yield Sample("one-g4", (parts((2, 3, 5), (8,)), 4))
+    yield Sample("1+0+3", (parts((1, 2, 2), (1, 0, 3)), 2))
+    yield Sample("empty-batch", (parts((0, 3, 3), (2, 2)),))
+    yield Sample("1x1", (parts((3, 1, 1), (3, 3)),))
+
+
+def large_samples(function: Callable[[torch.dtype, torch.device], Iterator[Sample]]):
+    """Registers a generator named `<op>_large`."""
+    LARGE[function.__name__.removesuffix("_large")] = function
+    return function
+
+
+@large_samples
+def channel_shuffle_large(dtype: torch.dtype, device: torch.device) -> Iterator[Sample]:
+    for layout in ("contiguous", "channels_last"):
+        for size, groups in (((4, 116, 64, 128), 2), ((4, 240, 32, 64), 3)):
+            x = tensor(*size, dtype=dtype, device=device, layout=layout)
+            yield Sample(f"{'x'.join(map(str, size))}-g{groups}-{layout}", (x, groups))
+
+
+@large_samples
+def concat_shuffle_large(dtype: torch.dtype, device: torch.device) -> Iterator[Sample]:
+    for layout in ("contiguous", "channels_last"):
+        for c, h, w in ((58, 64, 128), (116, 32, 64), (232, 16, 32)):
+            pair = [tensor(4, c, h, w, dtype=dtype, device=device, layout=layout, seed=i) for i in (0, 1)]
+            yield Sample(f"4x({c}+{c})x{h}x{w}-{layout}", (pair,))

@@ -1,8 +1,9 @@
 """The fused operations. One file an op; each has a `<op>_reference` twin in plain PyTorch, which is its oracle."""
 
 from segfast.ops.channel_shuffle import channel_shuffle
+from segfast.ops.concat_shuffle import concat_shuffle
 from segfast.ops.ds_conv import BatchNorm, ds_conv
 from segfast.ops.pairwise_cosine import pairwise_cosine
 from segfast.ops.pairwise_loss import pairwise_loss
 
-__all__ = ["BatchNorm", "channel_shuffle", "ds_conv", "pairwise_cosine", "pairwise_loss"]
+__all__ = ["BatchNorm", "channel_shuffle", "concat_shuffle", "ds_conv", "pairwise_cosine", "pairwise_loss"]

@@ -1,0 +1,5 @@
+"""Layers over the ops."""
+
+from segfast.nn.channel_shuffle import ChannelShuffle, ConcatShuffle
+
+__all__ = ["ChannelShuffle", "ConcatShuffle"]
