@@ -70,3 +70,25 @@ def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)
+
+
+class Once(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, op, kernel, *args):
+        ctx.op = op
+        return kernel(*args)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        raise RuntimeError(f"{ctx.op}: cannot be differentiated twice by its kernels; run with SEGFAST_BACKEND=reference")
+
+
+def once(op: str, kernel, *args):
+    """kernel(*args) within a backward. Differentiating it again raises.
+
+    once_differentiable raises only if the incoming gradient requires one: through a pooling, for one, the second derivative
+    of a loss would come out as silent zeros.
+    """
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        return Once.apply(op, kernel, *args)
+    return kernel(*args)

@@ -62,6 +62,4 @@ class PairWiseLoss(nn.Module):
     def extra_repr(self) -> str:
         if self.preset == "official":
             return f"preset='official', scale={self.scale}, detach_norm={self.detach_norm}, eps={self.eps}"
-        return (
-            f"node_size={self.node_size}, pool={self.pool!r}, grid={self.grid}, detach_norm={self.detach_norm}, eps={self.eps}"
-        )
+        return f"node_size={self.node_size}, pool={self.pool!r}, grid={self.grid}, detach_norm={self.detach_norm}, eps={self.eps}"

@@ -3,7 +3,6 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
 
 from segfast import _backend
@@ -96,9 +95,9 @@ class PairwiseCosine(torch.autograd.Function):
         return torch.ops.segfast.pairwise_cosine.default(x, eps)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
-        return torch.ops.segfast.pairwise_cosine_backward.default(grad, *ctx.saved_tensors, ctx.eps), None
+        backward = torch.ops.segfast.pairwise_cosine_backward.default
+        return _backend.once("pairwise_cosine", backward, grad, *ctx.saved_tensors, ctx.eps), None
 
 
 def pairwise_cosine(

@@ -1,10 +1,10 @@
 """Pair-wise similarity distillation: the student learns which nodes of the teacher's feature map resemble each other."""
 
 import math
+from functools import partial
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
 
 from segfast import _backend
@@ -84,11 +84,10 @@ class PairwiseLoss(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
         student, teacher, saved = ctx.saved_tensors
         grad_student = grad_teacher = None
-        backward = torch.ops.segfast.pairwise_loss_backward.default
+        backward = partial(_backend.once, "pairwise_loss", torch.ops.segfast.pairwise_loss_backward.default)
         if ctx.needs_input_grad[0]:
             grad_student = backward(grad, student, teacher, saved, *ctx.options)
         if ctx.needs_input_grad[1]:
@@ -138,7 +137,9 @@ def pairwise_loss(
     check_pooling("pairwise_loss", node_size, pool, grid)
     if student.shape[0] != teacher.shape[0] or (grid is None and student.shape[2:] != teacher.shape[2:]):
         sizes = "equal N" if grid is not None else "equal N, H and W (or a grid)"
-        raise ValueError(f"pairwise_loss: want student and teacher of {sizes}, got {tuple(student.shape)} and {tuple(teacher.shape)}")
+        raise ValueError(
+            f"pairwise_loss: want student and teacher of {sizes}, got {tuple(student.shape)} and {tuple(teacher.shape)}"
+        )
     if student.device != teacher.device:
         raise ValueError(f"pairwise_loss: want student and teacher on one device, got {student.device} and {teacher.device}")
     if not 0 < eps < math.inf:
