@@ -84,7 +84,7 @@ class Distillation:
 
     Args:
         teacher: put into evaluation mode; gets no gradient.
-        pixel: loss of (student logits, teacher logits, labels); None leaves the term out.
+        pixel: loss of (student logits, teacher logits); None leaves the term out.
         pair: loss of (student features, teacher features); None leaves the term out.
         pixel_weight, pair_weight: factors of the terms.
     """
@@ -92,7 +92,7 @@ class Distillation:
     def __init__(
         self,
         teacher: nn.Module,
-        pixel: Callable[[Tensor, Tensor, Tensor], Tensor] | None,
+        pixel: Callable[[Tensor, Tensor], Tensor] | None,
         pair: Callable[[Tensor, Tensor], Tensor] | None,
         pixel_weight: float = 1.0,
         pair_weight: float = 1.0,
@@ -109,7 +109,7 @@ class Distillation:
         logits = model.head(features, size)
         terms = {"labels": cross_entropy(logits, labels)}
         if self.pixel:
-            terms["pixel-wise"] = self.pixel_weight * self.pixel(logits, teacher_logits, labels)
+            terms["pixel-wise"] = self.pixel_weight * self.pixel(logits, teacher_logits)
         if self.pair:
             terms["pair-wise"] = self.pair_weight * self.pair(features, teacher_features)
         return terms
