@@ -55,13 +55,20 @@ def missing() -> list[tuple[str, str]]:
     """(what is missing, how to get it)."""
     hints = []
     if _backend._C is None:
-        hints.append(("the compiled kernels", "install a C++20 compiler (g++ or clang++), then: pip install --force-reinstall --no-deps ."))
+        hints.append(
+            ("the compiled kernels", "install a C++20 compiler (g++ or clang++), then: pip install --force-reinstall --no-deps .")
+        )
     elif not any(owner == "c++" for owners in _backend.table.values() for owner in owners.values()):
         hints.append(("kernels in use", f"SEGFAST_BACKEND={os.environ.get('SEGFAST_BACKEND')} turns them off: unset it"))
     if not torch.cuda.is_available():
         hints.append(("a GPU that torch sees", "a CUDA build of torch, see https://pytorch.org/get-started"))
     elif not any("cuda" in owners for owners in _backend.table.values()):
-        hints.append(("GPU kernels", "with the CUDA toolkit installed: FORCE_CUDA=1 pip install --no-build-isolation --force-reinstall --no-deps ."))
+        hints.append(
+            (
+                "GPU kernels",
+                "with the CUDA toolkit installed: FORCE_CUDA=1 pip install --no-build-isolation --force-reinstall --no-deps .",
+            )
+        )
     for extra in dict.fromkeys(EXTRAS.values()):
         absent = [name for name, of in EXTRAS.items() if of == extra and importlib.util.find_spec(name) is None]
         if absent:

@@ -20,7 +20,9 @@ def confusion_matrix(prediction: Tensor, labels: Tensor, num_classes: int, ignor
     prediction, labels = prediction[valid].long(), labels[valid].long()
     for values in (prediction, labels):
         if values.numel() and not 0 <= int(values.min()) <= int(values.max()) < num_classes:
-            raise ValueError(f"confusion_matrix: want classes 0 to {num_classes - 1}, got {int(values.min())} to {int(values.max())}")
+            raise ValueError(
+                f"confusion_matrix: want classes 0 to {num_classes - 1}, got {int(values.min())} to {int(values.max())}"
+            )
     return torch.bincount(labels * num_classes + prediction, minlength=num_classes**2).reshape(num_classes, num_classes)
 
 

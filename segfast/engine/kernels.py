@@ -78,7 +78,10 @@ def results(function: Callable, sample, dtype: torch.dtype) -> list[Tensor]:
     args, kwargs = [leaf(a) for a in sample.args], {k: leaf(v) for k, v in sample.kwargs.items()}
     outputs = function(*args, **kwargs)
     outputs = [o for o in (outputs if isinstance(outputs, list | tuple) else [outputs]) if isinstance(o, Tensor)]
-    scalar = sum((o.double() * torch.linspace(0.5, 1.5, o.numel(), dtype=torch.float64, device=o.device).view(o.shape)).sum() for o in outputs)
+    scalar = sum(
+        (o.double() * torch.linspace(0.5, 1.5, o.numel(), dtype=torch.float64, device=o.device).view(o.shape)).sum()
+        for o in outputs
+    )
     gradients = torch.autograd.grad(scalar, leaves, allow_unused=True) if leaves and scalar.requires_grad else ()
     return [o.detach() for o in outputs] + [g for g in gradients if g is not None]
 
