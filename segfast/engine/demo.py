@@ -57,11 +57,9 @@ class Settings:
             raise ValueError(f"demo: want data to be one of {', '.join(SIZES)}, got {self.data!r}")
         if self.data == "camvid" and not self.root:
             raise ValueError("demo: want root with data 'camvid', got none")
-        for name in ("steps", "labels", "images", "validation", "batch"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"demo: want {name} >= 1, got {getattr(self, name)}")
-        if self.batch < 2:
-            raise ValueError(f"demo: want batch >= 2 for BatchNorm, got {self.batch}")
+        for name, least in {"steps": 1, "validation": 1, "labels": 2, "images": 2, "batch": 2}.items():
+            if getattr(self, name) < least:  # BatchNorm wants two images a step
+                raise ValueError(f"demo: want {name} >= {least}, got {getattr(self, name)}")
 
 
 Progress = Callable[[str, int, int, str], None]

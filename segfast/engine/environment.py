@@ -32,8 +32,10 @@ def environment() -> dict[str, str]:
     if _backend._C is None:
         facts["kernels"] = "none compiled: every operation runs on its PyTorch reference"
     else:
-        for title, values in (("build", _backend._C.build_info()), ("processor features", _backend._C.cpu_features())):
-            facts[title] = ", ".join(f"{k}: {v}" for k, v in values.items()) if isinstance(values, dict) else str(values)
+        facts["build"] = ", ".join(f"{name} {value or 'none'}" for name, value in _backend._C.build_info().items())
+        features = _backend._C.cpu_features()
+        facts["processor has"] = " ".join(name for name, value in features.items() if value is True)
+        facts["kernel set"] = f"{features['kernel_set']} (of {', '.join(features['kernel_sets'])})"
     facts["GPU"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "none visible"
     return facts
 

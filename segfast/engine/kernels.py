@@ -56,11 +56,10 @@ def check(op: str, dtype: torch.dtype = torch.float32, device: str = "cpu") -> C
     function = getattr(ops, op)
     reference = function.__globals__[f"{op}_reference"]
     worst, count = 0.0, 0
-    pairs = zip(SAMPLES[op](dtype, torch.device(device)), SAMPLES[op](torch.float64, torch.device(device)))
-    for count, (sample, exact) in enumerate(pairs, 1):  # noqa: B007
-        fused, plain = results(function, sample, dtype), results(reference, sample, dtype)
-        truth = results(reference, exact, torch.float64)
-        worst = max([worst, *(excess(a, b, c) for a, b, c in zip(fused, plain, truth, strict=True))])
+    for sample in SAMPLES[op](dtype, torch.device(device)):
+        count += 1
+        runs = results(function, sample, dtype), results(reference, sample, dtype), results(reference, sample, torch.float64)
+        worst = max([worst, *(excess(*values) for values in zip(*runs, strict=True))])
     return Check(op, _backend.table.get(op, {}).get(device, "reference"), count, worst)
 
 
@@ -69,9 +68,10 @@ def results(function: Callable, sample, dtype: torch.dtype) -> list[Tensor]:
 
     def leaf(value):
         if isinstance(value, Tensor):
-            value = value.detach().clone(memory_format=torch.preserve_format)
-            if value.is_floating_point() and value.dtype == dtype:
-                leaves.append(value.requires_grad_())
+            if not value.is_floating_point():
+                return value.clone()
+            value = value.detach().to(dtype, copy=True)
+            leaves.append(value.requires_grad_())
             return value
         return type(value)(leaf(v) for v in value) if isinstance(value, list | tuple) else value
 

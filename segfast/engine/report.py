@@ -22,7 +22,8 @@ body{font:15px/1.5 system-ui,sans-serif;max-width:64rem;margin:2rem auto;padding
 h1{font-size:1.7rem}h2{font-size:1.2rem;margin-top:2.2rem}table{border-collapse:collapse}
 td,th{padding:.25rem .8rem .25rem 0;text-align:left;border-bottom:1px solid #ddd;vertical-align:top}
 td.n,th.n{text-align:right}.good{color:#1d7a3a}.bad{color:#b3261e}.panel img{width:100%;display:block}
-.panel{display:grid;grid-template-columns:repeat(5,1fr);gap:4px;font-size:.85rem}.swatch{display:inline-block;width:.8rem;height:.8rem;margin:0 .3rem 0 .8rem}
+.panel{display:grid;grid-template-columns:repeat(5,1fr);gap:4px;font-size:.85rem}
+.swatch{display:inline-block;width:.8rem;height:.8rem;margin:0 .3rem 0 .8rem}
 .facts td:first-child{white-space:nowrap}
 """
 
@@ -98,19 +99,15 @@ def score_table(metrics: dict) -> str:
     rows = []
     for name, values in metrics["scores"].items():
         per_class = ["–" if v is None else f"{v:.2f}" for v in values["class_iou"]]
-        parameters, seconds = metrics["parameters"].get(name), metrics["seconds"].get(name)
-        rows.append([
-            escape(name), f"<b>{values['miou']:.3f}</b>", f"{parameters:,}" if parameters else "", f"{seconds:.0f}" if seconds else "", *per_class
-        ])  # fmt: skip
+        parameters, seconds = metrics["parameters"].get(name, ""), metrics["seconds"].get(name, "")
+        parameters, seconds = parameters and f"{parameters:,}", seconds and f"{seconds:.0f}"
+        rows.append([escape(name), f"<b>{values['miou']:.3f}</b>", parameters, seconds, *per_class])
     return table(["", "mIoU", "parameters", "seconds", *map(escape, metrics["classes"])], rows)
 
 
 def check_table(checks: list[dict]) -> str:
-    rows = [
-        [escape(c["op"]), escape(c["backend"]), "<span class=good>passed</span>" if c["passed"] else "<span class=bad>failed</span>",
-         str(c["samples"]), f"{c['error']:.2f}"]
-        for c in checks
-    ]  # fmt: skip
+    marks = {True: "<span class=good>passed</span>", False: "<span class=bad>failed</span>"}
+    rows = [[escape(c["op"]), escape(c["backend"]), marks[c["passed"]], str(c["samples"]), f"{c['error']:.2f}"] for c in checks]
     note = (
         "<p>Outputs and gradients in float32 against the float64 reference. Error 1.00 is what is allowed: "
         "twice the float32 reference's own error plus 4 eps max|exact|.</p>"
@@ -131,7 +128,8 @@ def bars(timings: list[dict]) -> str:
         parts.append(f'<text x="{316 + t["speedup"] * scale:.1f}" y="{y + 17}">{label}</text>')
     x = 310 + scale
     parts.append(
-        f'<path d="M{x:.1f} 0V{height - 20}" stroke="#888" stroke-dasharray="3 3"/><text x="{x:.1f}" y="{height - 5}" fill="#666">eager</text></svg>'
+        f'<path d="M{x:.1f} 0V{height - 20}" stroke="#888" stroke-dasharray="3 3"/>'
+        f'<text x="{x:.1f}" y="{height - 5}" fill="#666">eager</text></svg>'
     )
     return "".join(parts)
 
@@ -156,12 +154,14 @@ def chart(title: str, series: dict[str, list[float]], width: int = 900, height: 
     top = max(float(v.max()) for v in smooth.values()) or 1.0
     left, bottom = 50, height - 30
     parts = [
-        f'<svg viewBox="0 0 {width} {height}" width="100%" font-size="13" role="img"><text x="{left}" y="14">{escape(title)}</text>'
+        f'<svg viewBox="0 0 {width} {height}" width="100%" font-size="13" role="img">',
+        f'<text x="{left}" y="14">{escape(title)}</text>',
     ]
     for fraction in (0, 0.25, 0.5, 0.75, 1):
         y = bottom - fraction * (bottom - 24)
         parts.append(
-            f'<path d="M{left} {y:.1f}H{width - 150}" stroke="#ddd"/><text x="0" y="{y + 4:.1f}" fill="#666">{fraction * top:.2f}</text>'
+            f'<path d="M{left} {y:.1f}H{width - 150}" stroke="#ddd"/>'
+            f'<text x="0" y="{y + 4:.1f}" fill="#666">{fraction * top:.2f}</text>'
         )
     palette = ["#2a9d4e", "#7b4fb5", "#1b6ca8", "#d1672b"]
     for i, (name, values) in enumerate(smooth.items()):
@@ -174,7 +174,8 @@ def chart(title: str, series: dict[str, list[float]], width: int = 900, height: 
         parts.append(f'<polyline points="{points}" fill="none" stroke="{stroke}" stroke-width="2"/>')
         parts.append(f'<text x="{width - 140}" y="{40 + 20 * i}" fill="{stroke}">{escape(name)}</text>')
     parts.append(
-        f'<text x="{left}" y="{height - 8}" fill="#666">step 1</text><text x="{width - 190}" y="{height - 8}" fill="#666">{longest}</text></svg>'
+        f'<text x="{left}" y="{height - 8}" fill="#666">step 1</text>'
+        f'<text x="{width - 190}" y="{height - 8}" fill="#666">{longest}</text></svg>'
     )
     return "".join(parts)
 

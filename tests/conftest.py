@@ -1,0 +1,60 @@
+"""What every test may lean on: the test data, the effort, and a process left as it was found."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from segfast import _backend
+
+EFFORT = os.environ.get("SEGFAST_EFFORT", "ci")
+if EFFORT not in ("ci", "full"):
+    raise pytest.UsageError(f"SEGFAST_EFFORT: want ci or full, got {EFFORT!r}")
+
+
+def count(ci: int, full: int) -> int:
+    """How many examples, runs or descriptors this effort asks for."""
+    return full if EFFORT == "full" else ci
+
+
+def kernel_sets() -> list[str]:
+    """The kernel sets that this processor can run; "reference" where nothing is compiled or the reference was asked for."""
+    if _backend._C is None or _backend.requested == "reference":
+        return ["reference"]
+    return list(_backend._C.cpu_features()["kernel_sets"])
+
+
+@pytest.fixture(autouse=True)
+def restore():
+    """Thread count, kernel set, determinism and grad mode are process-wide: a test that changes one leaves no trace."""
+    threads = torch.get_num_threads()
+    chosen = _backend._C.cpu_features()["kernel_set"] if _backend._C is not None else None
+    yield
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(False)
+    if chosen is not None:
+        _backend._C.set_kernel_set(chosen)
+
+
+@pytest.fixture(params=kernel_sets())
+def kernel_set(request) -> str:
+    """Runs the test once per kernel set of this machine."""
+    if request.param != "reference":
+        _backend._C.set_kernel_set(request.param)
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def data_root() -> Path:
+    """The folder with the test data: SEGFAST_TEST_DATA, else `../shared` beside the repository."""
+    beside = Path(__file__).resolve().parents[1].parent / "shared"
+    root = Path(os.environ.get("SEGFAST_TEST_DATA") or beside)
+    if root.is_dir():
+        return root
+    message = f"no test data at {root}: set SEGFAST_TEST_DATA"
+    if os.environ.get("SEGFAST_REQUIRE_DATA") == "1":
+        pytest.fail(message)
+    pytest.skip(message)
