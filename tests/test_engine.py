@@ -30,7 +30,9 @@ def test_evaluate_restores_the_mode():
     assert evaluate(model, loader, 2).sum() == 64
     assert model.training
     assert torch.equal(model[1].running_mean, before)
-    assert mean_iou(evaluate(lambda x: torch.stack([x[:, 0], -x[:, 0]], 1), [(x, (x[:, 0] < 0).long()) for x, _ in loader], 2)) == 1
+    assert (
+        mean_iou(evaluate(lambda x: torch.stack([x[:, 0], -x[:, 0]], 1), [(x, (x[:, 0] < 0).long()) for x, _ in loader], 2)) == 1
+    )
 
 
 def test_cross_entropy_ignores():
@@ -68,7 +70,7 @@ def test_train_learns_and_repeats_the_loader():
         torch.manual_seed(0)
         model, seen = Tiny(), []
         optimizer = torch.optim.SGD(model.parameters(), 0.5)
-        history = train(model, batches(), supervised, optimizer, 40, progress=lambda done, terms: seen.append((done, terms)))
+        history = train(model, batches(), supervised, optimizer, 40, progress=lambda *now, seen=seen: seen.append(now))
         assert [done for done, _ in seen] == list(range(1, 41))
         assert [terms for _, terms in seen] == history
         assert history[-1]["loss"] < 0.5 * history[0]["loss"]
@@ -80,7 +82,15 @@ def test_train_learns_and_repeats_the_loader():
 def test_train_schedule():
     model = Tiny()
     optimizer, rates = torch.optim.SGD(model.parameters(), 2.0), []
-    train(model, batches(), supervised, optimizer, 4, lambda done: 1 - done, lambda *_: rates.append(optimizer.param_groups[0]["lr"]))
+    train(
+        model,
+        batches(),
+        supervised,
+        optimizer,
+        4,
+        lambda done: 1 - done,
+        lambda *_: rates.append(optimizer.param_groups[0]["lr"]),
+    )
     assert rates == [1.5, 1.0, 0.5, 0.0]
 
 

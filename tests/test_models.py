@@ -88,7 +88,7 @@ def test_width():
 
 
 def test_errors():
-    with pytest.raises(ValueError, match="create_model: want one of .*fast_scnn.*got 'unet'"):
+    with pytest.raises(ValueError, match=r"create_model: want one of .*fast_scnn.*got 'unet'"):
         segfast.create_model("unet")
     with pytest.raises(ValueError, match="num_classes >= 1, got 0"):
         segfast.create_model("fast_scnn", 0)

@@ -47,6 +47,7 @@ class ColourRegression(nn.Module):
         x = (x - self.mean) / self.std
         self.linear = nn.Linear(x.shape[1], num_classes)
         nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
         weight = None
         if balanced:
             weight = 1 / torch.bincount(y, minlength=num_classes).clamp(min=1).float()
