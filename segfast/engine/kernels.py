@@ -5,13 +5,18 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from types import FunctionType
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import keystr, tree_map_with_path
 
 from segfast import _backend, ops
 from segfast.nn import DSConv
 from segfast.testing import SAMPLES
+
+OPS = [name for name in ops.__all__ if isinstance(getattr(ops, name), FunctionType)]
+BUFFERS = ("running_mean", "running_var", "mask")  # no gradient
 
 
 @dataclass(frozen=True)
@@ -56,7 +61,7 @@ def check(op: str, dtype: torch.dtype = torch.float32, device: str = "cpu") -> C
     function = getattr(ops, op)
     reference = function.__globals__[f"{op}_reference"]
     worst, count = 0.0, 0
-    for sample in SAMPLES[op](dtype, torch.device(device)):
+    for sample in SAMPLES[op](dtype, torch.device(device)) if op in SAMPLES else ():
         count += 1
         runs = results(function, sample, dtype), results(reference, sample, dtype), results(reference, sample, torch.float64)
         worst = max([worst, *(excess(*values) for values in zip(*runs, strict=True))])
@@ -66,16 +71,17 @@ def check(op: str, dtype: torch.dtype = torch.float32, device: str = "cpu") -> C
 def results(function: Callable, sample, dtype: torch.dtype) -> list[Tensor]:
     leaves: list[Tensor] = []
 
-    def leaf(value):
-        if isinstance(value, Tensor):
-            if not value.is_floating_point():
-                return value.clone()
-            value = value.detach().to(dtype, copy=True)
-            leaves.append(value.requires_grad_())
+    def leaf(path, value):
+        if not isinstance(value, Tensor):
             return value
-        return type(value)(leaf(v) for v in value) if isinstance(value, list | tuple) else value
+        if not value.is_floating_point():
+            return value.clone()
+        value = value.detach().to(dtype, copy=True)
+        if not any(name in keystr(path) for name in BUFFERS):
+            leaves.append(value.requires_grad_())
+        return value
 
-    args, kwargs = [leaf(a) for a in sample.args], {k: leaf(v) for k, v in sample.kwargs.items()}
+    args, kwargs = tree_map_with_path(leaf, (sample.args, sample.kwargs))
     outputs = function(*args, **kwargs)
     outputs = [o for o in (outputs if isinstance(outputs, list | tuple) else [outputs]) if isinstance(o, Tensor)]
     scalar = sum(
