@@ -2,5 +2,6 @@
 
 from segfast import ops
 from segfast._version import __version__
+from segfast.models import create_model, list_models
 
-__all__ = ["__version__", "ops"]
+__all__ = ["__version__", "create_model", "list_models", "ops"]

@@ -1,5 +1,6 @@
 """Layers over the ops."""
 
 from segfast.nn.channel_shuffle import ChannelShuffle, ConcatShuffle
+from segfast.nn.ds_conv import DSConv
 
-__all__ = ["ChannelShuffle", "ConcatShuffle"]
+__all__ = ["ChannelShuffle", "ConcatShuffle", "DSConv"]

@@ -1,0 +1,3 @@
+from segfast.cli import main
+
+main()

@@ -1,0 +1,28 @@
+"""The typer application; without a command it prints what `segfast info` prints."""
+
+from __future__ import annotations
+
+import typer
+
+from segfast.cli.demo import demo
+from segfast.cli.info import info
+
+app = typer.Typer(
+    help="Compact, real-time semantic segmentation in PyTorch.",
+    epilog="Example: segfast demo --out segfast-demo",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command()(info)
+app.command()(demo)
+
+
+@app.callback(invoke_without_command=True)
+def default(context: typer.Context) -> None:
+    if context.invoked_subcommand is None:
+        info()
+
+
+def main() -> None:
+    """The entry point of `segfast` and `python -m segfast`."""
+    app()

@@ -1,0 +1,31 @@
+"""Files to tensors and back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+
+def read_image(path: str | Path) -> Tensor:
+    """(3, H, W) float32 in [0, 1]."""
+    with Image.open(path) as image:
+        return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).float().div_(255)
+
+
+def read_labels(path: str | Path) -> Tensor:
+    """(H, W) int64, the bytes (or palette indices) of the file."""
+    with Image.open(path) as image:
+        if image.mode not in ("L", "P"):
+            raise ValueError(f"read_labels: want one byte a pixel, got mode {image.mode} in {path}")
+        return torch.from_numpy(np.array(image)).long()
+
+
+def colour(labels: Tensor, palette) -> Tensor:
+    """(H, W) labels to (H, W, 3) uint8 by `palette` (RGB triples); what lies outside it comes out black."""
+    table = torch.zeros(256, 3, dtype=torch.uint8)
+    table[: len(palette)] = torch.tensor(palette, dtype=torch.uint8)
+    return table[labels.clamp(0, 255)]

@@ -1,0 +1,6 @@
+"""Networks, one a file. A new one adds its import line here."""
+
+from segfast.models._registry import NETWORKS, Network, create_model, list_models, register_model
+from segfast.models.fast_scnn import FastSCNN, fast_scnn
+
+__all__ = ["NETWORKS", "FastSCNN", "Network", "create_model", "fast_scnn", "list_models", "register_model"]
