@@ -318,24 +318,24 @@ BAD = {
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input(case):
     sizes, options = BAD[case]
-    with pytest.raises(ValueError, match="^pairwise_loss: want .*, got "):
+    with pytest.raises(ValueError, match=r"^pairwise_loss: want .*, got "):
         ops.pairwise_loss(*(torch.zeros(size) for size in sizes), **options)
     if not case.startswith(("unequal", "eps")):
-        with pytest.raises(ValueError, match="^pairwise_cosine: want .*, got "):
+        with pytest.raises(ValueError, match=r"^pairwise_cosine: want .*, got "):
             ops.pairwise_cosine(torch.zeros(sizes[0]), **options)
 
 
 def test_bad_dtypes_devices_and_module_options():
     x = torch.zeros(1, 2, 4, 4)
     for dtype in (torch.int64, torch.complex64, torch.bool):
-        with pytest.raises(TypeError, match="pairwise_loss: want float32.*got"):
+        with pytest.raises(TypeError, match=r"pairwise_loss: want float32.*got"):
             ops.pairwise_loss(x, x.to(dtype))
-        with pytest.raises(TypeError, match="pairwise_cosine: want float32.*got"):
+        with pytest.raises(TypeError, match=r"pairwise_cosine: want float32.*got"):
             ops.pairwise_cosine(x.to(dtype))
-    with pytest.raises(ValueError, match="pairwise_loss: want student and teacher on one device"):
+    with pytest.raises(ValueError, match=r"pairwise_loss: want student and teacher on one device"):
         ops.pairwise_loss(x, x.to("meta"))
     for options in ({"preset": "mine"}, {"preset": "official", "node_size": 3}, {"preset": "official", "scale": 0}):
-        with pytest.raises(ValueError, match="PairWiseLoss: want .*, got "):
+        with pytest.raises(ValueError, match=r"PairWiseLoss: want .*, got "):
             distill.PairWiseLoss(**options)
     assert "official" in repr(distill.PairWiseLoss(preset="official"))
 

@@ -317,9 +317,8 @@ def _check(x, dw_weight, pw_weight, dw_bias, pw_bias, dw_bn, pw_bn, stride, padd
         for name, t in (("weight", weight), ("bias", bias), *((bn._asdict().items()) if bn is not None else ())):
             if not isinstance(t, Tensor):
                 continue
-            if name != "weight" or t is not weight:
-                if t.shape != (channels,):
-                    raise ValueError(f"ds_conv: want {prefix} {name} ({channels},), got {tuple(t.shape)}")
+            if (name != "weight" or t is not weight) and t.shape != (channels,):
+                raise ValueError(f"ds_conv: want {prefix} {name} ({channels},), got {tuple(t.shape)}")
             if t.device != x.device:
                 raise ValueError(f"ds_conv: want one device, got x on {x.device} and {prefix} {name} on {t.device}")
             norm = bn is not None and t is not weight and t is not bias
