@@ -44,9 +44,9 @@ Isa isa();
 
 // Calls `kernel` of the chosen set: SEGFAST_CALL(shuffle<float>)(args...). The sets are namespaces made by cpu/each_isa.h.
 #if defined(__x86_64__) && defined(__GNUC__)
-#define SEGFAST_CALL(...)                                             \
-  (::segfast::isa() == ::segfast::Isa::avx512                         \
-       ? ::segfast::avx512::__VA_ARGS__                               \
+#define SEGFAST_CALL(...)                     \
+  (::segfast::isa() == ::segfast::Isa::avx512 \
+       ? ::segfast::avx512::__VA_ARGS__       \
        : (::segfast::isa() == ::segfast::Isa::avx2 ? ::segfast::avx2::__VA_ARGS__ : ::segfast::portable::__VA_ARGS__))
 #else
 #define SEGFAST_CALL(...) (::segfast::portable::__VA_ARGS__)

@@ -99,8 +99,10 @@ Isa isa() { return chosen.load(std::memory_order_relaxed); }
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled kernels of segfast. Importing it registers them with the PyTorch dispatcher.";
-  m.def("build_info", &segfast::build_info, "Compiler, CUDA version or None, architectures, torch version built with and targeted.");
+  m.def("build_info", &segfast::build_info,
+        "Compiler, CUDA version or None, architectures, torch version built with and targeted.");
   m.def("cpu_features", &segfast::cpu_features, "What this processor has, the kernel sets it can run, the one that is chosen.");
-  m.def("set_kernel_set", &segfast::set_kernel_set, pybind11::arg("name"), "Force a kernel set (for tests); \"auto\" takes the best.");
+  m.def("set_kernel_set", &segfast::set_kernel_set, pybind11::arg("name"),
+        "Force a kernel set (for tests); \"auto\" takes the best.");
   m.def("kernel_calls", &segfast::kernel_calls, "{op: how many times its compiled kernels ran in this process}.");
 }

@@ -25,16 +25,16 @@ enum Act : int64_t { kIdentity, kRelu, kRelu6, kSilu, kHardswish };
 template <class T, class A>
 struct DsConv {
   Geometry g;
-  int64_t cp, kp, tile;              // padded channels in and out, pixels a tile
-  const T *x, *u, *z, *grad_y;       // [N,H,W,C] [N,OH,OW,C] [N,OH,OW,K] [N,OH,OW,K]
+  int64_t cp, kp, tile;         // padded channels in and out, pixels a tile
+  const T *x, *u, *z, *grad_y;  // [N,H,W,C] [N,OH,OW,C] [N,OH,OW,K] [N,OH,OW,K]
   T *u_out, *z_out, *y, *grad_u, *grad_x;
   const A *dw, *dw_shift;            // [kh*kw][cp] (scaled at inference), [cp]
-  const A *dw_flipped;               // [kh*kw][cp] for the input gradient
+  const A* dw_flipped;               // [kh*kw][cp] for the input gradient
   const A *pw, *pw_shift;            // packed panels, [kp]
-  const A *pw_back;                  // packed panels of the transposed weight
+  const A* pw_back;                  // packed panels of the transposed weight
   const A *scale1, *shift1, *mean1;  // BN of the depthwise half as v = scale * u + shift
   const A *scale2, *shift2, *mean2;
-  const A *center1, *slope1;         // grad_u = scale * (g - center - slope * (u - mean)): BN backward
+  const A *center1, *slope1;  // grad_u = scale * (g - center - slope * (u - mean)): BN backward
   const A *center2, *slope2;
   int64_t act1, act2;
 };
@@ -192,7 +192,8 @@ void pack(const T* w, int64_t cols, int64_t depth, int64_t col_step, int64_t d_s
 
 // One output pixel of a depthwise convolution from its list of taps: sources and weights.
 template <class T, class A, class Done>
-SEGFAST_INLINE void depthwise_pixel(int taps, const T* const* from, const A* const* weight, const A* shift, int64_t c, Done done) {
+SEGFAST_INLINE void depthwise_pixel(int taps, const T* const* from, const A* const* weight, const A* shift, int64_t c,
+                                    Done done) {
   constexpr int L = lanes<A>;
   for (int64_t c0 = 0; c0 < c; c0 += L) {
     Vec<A> acc = shift ? load(shift + c0) : Vec<A>{};
@@ -204,8 +205,8 @@ SEGFAST_INLINE void depthwise_pixel(int taps, const T* const* from, const A* con
 
 // Interior pixels of one row, K taps wide, stride S, no dilation: `count` outputs from ox on, vertical taps [ky0, ky1).
 template <int K, int S, class T, class A, class Done>
-SEGFAST_INLINE void depthwise_run(const T* x, int64_t row, int64_t c, const A* w, int64_t cp, const A* shift, int64_t ky0, int64_t ky1,
-                                  int64_t count, Done done) {
+SEGFAST_INLINE void depthwise_run(const T* x, int64_t row, int64_t c, const A* w, int64_t cp, const A* shift, int64_t ky0,
+                                  int64_t ky1, int64_t count, Done done) {
   constexpr int L = lanes<A>, P = SEGFAST_BYTES == 64 ? 8 : 4;
   for (int64_t c0 = 0; c0 < c; c0 += L) {
     const bool whole = c - c0 >= L;
@@ -252,7 +253,8 @@ SEGFAST_INLINE void depthwise_row(const Geometry& g, const T* x, const A* w, int
   const int64_t row = g.w * g.c, iy = oy * g.sh - g.ph;
   const T* image = x + n * g.h * row;
   int64_t first = ox1, last = ox1;  // the pixels whose taps all lie inside, horizontally
-  const bool fast = g.dh == 1 && g.dw == 1 && g.kh == g.kw && g.sh == g.sw && (g.kw == 3 || g.kw == 5) && (g.sw == 1 || g.sw == 2);
+  const bool fast =
+      g.dh == 1 && g.dw == 1 && g.kh == g.kw && g.sh == g.sw && (g.kw == 3 || g.kw == 5) && (g.sw == 1 || g.sw == 2);
   if (fast) {
     first = (g.pw + g.sw - 1) / g.sw;
     last = g.w - g.kw + g.pw < 0 ? 0 : (g.w - g.kw + g.pw) / g.sw + 1;
@@ -371,7 +373,8 @@ void train_depthwise(const DsConv<T, A>& o, int64_t begin, int64_t end, double* 
 
 // v[p][c] = act(scale * u + shift) of one tile
 template <class T, class A>
-SEGFAST_INLINE void normalise_tile(const T* u, int64_t pixels, int64_t c, int64_t cp, const A* scale, const A* shift, int64_t act, A* v) {
+SEGFAST_INLINE void normalise_tile(const T* u, int64_t pixels, int64_t c, int64_t cp, const A* scale, const A* shift, int64_t act,
+                                   A* v) {
   constexpr int L = lanes<A>;
   for (int64_t p = 0; p < pixels; ++p) {
     for (int64_t c0 = 0; c0 < c; c0 += L) {
@@ -442,9 +445,9 @@ template <class T, class A>
 void backward_pointwise(const DsConv<T, A>& o, int64_t begin, int64_t end, A* buffer, A* grad_pw, double* sums) {
   constexpr int L = lanes<A>;
   const int64_t c = o.g.c, k = o.g.k;
-  A* v = buffer;                   // [tile][cp]
-  A* gz = v + o.tile * o.cp;       // [tile][kp]
-  A* gv = gz + o.tile * o.kp;      // [tile][cp]
+  A* v = buffer;               // [tile][cp]
+  A* gz = v + o.tile * o.cp;   // [tile][kp]
+  A* gv = gz + o.tile * o.kp;  // [tile][cp]
   for (int64_t t0 = begin; t0 < end; t0 += o.tile) {
     const int64_t t1 = t0 + o.tile < end ? t0 + o.tile : end, pixels = t1 - t0;
     normalise_tile(o.u + t0 * c, pixels, c, o.cp, o.scale1, o.shift1, o.act1, v);
@@ -488,7 +491,8 @@ void backward_depthwise_weight(const DsConv<T, A>& o, int64_t begin, int64_t end
     const T* image = o.x + n * g.h * g.w * g.c;
     for (int64_t c0 = 0; c0 < g.c; c0 += L) {
       const int left = static_cast<int>(g.c - c0 < L ? g.c - c0 : L);
-      const Vec<A> scale = load(o.scale1 + c0), mean = load(o.mean1 + c0), center = load(o.center1 + c0), slope = load(o.slope1 + c0);
+      const Vec<A> scale = load(o.scale1 + c0), mean = load(o.mean1 + c0), center = load(o.center1 + c0),
+                   slope = load(o.slope1 + c0);
       for (int64_t p = 0; p < ox1 - ox0; ++p) {
         const Vec<A> v = load_n(gu + p * g.c + c0, left), at = load_n(u + p * g.c + c0, left);
         store_n(gu + p * g.c + c0, scale * (v - center - slope * (at - mean)), left);
@@ -594,7 +598,7 @@ using Optional = std::optional<Tensor>;
 using Ints = std::vector<int64_t>;
 using torch::headeronly::IntHeaderOnlyArrayRef;
 
-constexpr int64_t kPad = 16;    // every row is padded to whole vectors of the widest set
+constexpr int64_t kPad = 16;     // every row is padded to whole vectors of the widest set
 constexpr int64_t kChunks = 32;  // reductions: fixed, so that the thread count cannot show
 
 int64_t padded(int64_t n) { return (n + kPad - 1) / kPad * kPad; }
@@ -603,7 +607,8 @@ int64_t padded(int64_t n) { return (n + kPad - 1) / kPad * kPad; }
 template <class A>
 struct Buffer {
   A* p;
-  explicit Buffer(int64_t n, bool zero = true) : p(static_cast<A*>(::operator new(sizeof(A) * (n + kPad), std::align_val_t(64)))) {
+  explicit Buffer(int64_t n, bool zero = true)
+      : p(static_cast<A*>(::operator new(sizeof(A) * (n + kPad), std::align_val_t(64)))) {
     if (zero) std::fill(p, p + n + kPad, A(0));
   }
   Buffer(Buffer&& other) noexcept : p(other.p) { other.p = nullptr; }
@@ -623,12 +628,14 @@ std::vector<double> read(const Optional& t, int64_t n, double missing) {
   return out;
 }
 
-Geometry geometry(const Tensor& x, const Tensor& dw_weight, int64_t k, const Ints& stride, const Ints& padding, const Ints& dilation) {
-  Geometry g{x.size(0), x.size(1), x.size(2), x.size(3), k, 0, 0, dw_weight.size(2), dw_weight.size(3),
-             stride[0], stride[1], padding[0], padding[1], dilation[0], dilation[1]};
+Geometry geometry(const Tensor& x, const Tensor& dw_weight, int64_t k, const Ints& stride, const Ints& padding,
+                  const Ints& dilation) {
+  Geometry g{x.size(0),         x.size(1), x.size(2), x.size(3),  k,          0,           0,          dw_weight.size(2),
+             dw_weight.size(3), stride[0], stride[1], padding[0], padding[1], dilation[0], dilation[1]};
   g.oh = (g.h + 2 * g.ph - g.dh * (g.kh - 1) - 1) / g.sh + 1;
   g.ow = (g.w + 2 * g.pw - g.dw * (g.kw - 1) - 1) / g.sw + 1;
-  STD_TORCH_CHECK(g.kh * g.kw <= 64 && g.oh >= 0 && g.ow >= 0, "ds_conv: want a kernel of at most 64 taps that fits the padded input");
+  STD_TORCH_CHECK(g.kh * g.kw <= 64 && g.oh >= 0 && g.ow >= 0,
+                  "ds_conv: want a kernel of at most 64 taps that fits the padded input");
   return g;
 }
 
@@ -694,15 +701,16 @@ void with_types(const Tensor& x, F f) {
   });
 }
 
-Tensor ds_conv_cpu(const Tensor& input, const Tensor& dw_weight, Optional dw_bias, Optional dw_mean, Optional dw_var, Optional dw_gamma,
-                   Optional dw_beta, double dw_eps, const Tensor& pw_weight, Optional pw_bias, Optional pw_mean, Optional pw_var,
-                   Optional pw_gamma, Optional pw_beta, double pw_eps, IntHeaderOnlyArrayRef stride, IntHeaderOnlyArrayRef padding,
-                   IntHeaderOnlyArrayRef dilation, int64_t dw_act, int64_t act) {
+Tensor ds_conv_cpu(const Tensor& input, const Tensor& dw_weight, Optional dw_bias, Optional dw_mean, Optional dw_var,
+                   Optional dw_gamma, Optional dw_beta, double dw_eps, const Tensor& pw_weight, Optional pw_bias,
+                   Optional pw_mean, Optional pw_var, Optional pw_gamma, Optional pw_beta, double pw_eps,
+                   IntHeaderOnlyArrayRef stride, IntHeaderOnlyArrayRef padding, IntHeaderOnlyArrayRef dilation, int64_t dw_act,
+                   int64_t act) {
   counter.add();
   const bool channels_last = is_channels_last(input);
   const Tensor x = contiguous_as(input, true);
-  const Geometry g = geometry(x, dw_weight, pw_weight.size(0), Ints(stride.begin(), stride.end()), Ints(padding.begin(), padding.end()),
-                              Ints(dilation.begin(), dilation.end()));
+  const Geometry g = geometry(x, dw_weight, pw_weight.size(0), Ints(stride.begin(), stride.end()),
+                              Ints(padding.begin(), padding.end()), Ints(dilation.begin(), dilation.end()));
   const Tensor y = empty({g.n, g.k, g.oh, g.ow}, x.scalar_type(), x, true);
   if (y.numel() > 0) {
     with_types(x, [&](auto t, auto a) {
@@ -710,7 +718,8 @@ Tensor ds_conv_cpu(const Tensor& input, const Tensor& dw_weight, Optional dw_bia
       using A = decltype(a);
       DsConv<T, A> o{};
       o.g = g, o.cp = padded(g.c), o.kp = padded(g.k);
-      const Fold<A> first(dw_mean, dw_var, dw_gamma, dw_beta, dw_eps, g.c), second(pw_mean, pw_var, pw_gamma, pw_beta, pw_eps, g.k);
+      const Fold<A> first(dw_mean, dw_var, dw_gamma, dw_beta, dw_eps, g.c),
+          second(pw_mean, pw_var, pw_gamma, pw_beta, pw_eps, g.k);
       const auto bias1 = read(dw_bias, g.c, 0), bias2 = read(pw_bias, g.k, 0);
       for (int64_t i = 0; i < g.c; ++i) first.shift.p[i] += static_cast<A>(bias1[i]) * first.scale.p[i];
       for (int64_t i = 0; i < g.k; ++i) second.shift.p[i] += static_cast<A>(bias2[i]) * second.scale.p[i];
@@ -757,23 +766,27 @@ Tensor vector_tensor(const std::vector<double>& v, const Tensor& like, ScalarTyp
   return t;
 }
 
-ScalarType statistics_dtype(const Tensor& x) { return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float; }
+ScalarType statistics_dtype(const Tensor& x) {
+  return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
 
 // -> y, u, z, dw_mean, dw_var, pw_mean, pw_var. A mean and variance that are given are used as they are (frozen BatchNorm).
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ds_conv_train_cpu(
-    const Tensor& input, const Tensor& dw_weight, Optional dw_bias, Optional dw_mean, Optional dw_var, Optional dw_gamma, Optional dw_beta,
-    double dw_eps, const Tensor& pw_weight, Optional pw_bias, Optional pw_mean, Optional pw_var, Optional pw_gamma, Optional pw_beta,
-    double pw_eps, IntHeaderOnlyArrayRef stride, IntHeaderOnlyArrayRef padding, IntHeaderOnlyArrayRef dilation, int64_t dw_act, int64_t act) {
+    const Tensor& input, const Tensor& dw_weight, Optional dw_bias, Optional dw_mean, Optional dw_var, Optional dw_gamma,
+    Optional dw_beta, double dw_eps, const Tensor& pw_weight, Optional pw_bias, Optional pw_mean, Optional pw_var,
+    Optional pw_gamma, Optional pw_beta, double pw_eps, IntHeaderOnlyArrayRef stride, IntHeaderOnlyArrayRef padding,
+    IntHeaderOnlyArrayRef dilation, int64_t dw_act, int64_t act) {
   train_counter.add();
   const bool channels_last = is_channels_last(input);
   const Tensor x = contiguous_as(input, true);
-  const Geometry g = geometry(x, dw_weight, pw_weight.size(0), Ints(stride.begin(), stride.end()), Ints(padding.begin(), padding.end()),
-                              Ints(dilation.begin(), dilation.end()));
+  const Geometry g = geometry(x, dw_weight, pw_weight.size(0), Ints(stride.begin(), stride.end()),
+                              Ints(padding.begin(), padding.end()), Ints(dilation.begin(), dilation.end()));
   const auto dtype = x.scalar_type(), statistics = statistics_dtype(x);
   const Tensor u = empty({g.n, g.c, g.oh, g.ow}, dtype, x, true), z = empty({g.n, g.k, g.oh, g.ow}, dtype, x, true);
   const Tensor y = empty({g.n, g.k, g.oh, g.ow}, dtype, x, true);
   const bool own1 = !dw_mean, own2 = !pw_mean;
-  std::vector<double> mean1 = read(dw_mean, g.c, 0), var1 = read(dw_var, g.c, 0), mean2 = read(pw_mean, g.k, 0), var2 = read(pw_var, g.k, 0);
+  std::vector<double> mean1 = read(dw_mean, g.c, 0), var1 = read(dw_var, g.c, 0), mean2 = read(pw_mean, g.k, 0),
+                      var2 = read(pw_var, g.k, 0);
   with_types(x, [&](auto t, auto a) {
     using T = decltype(t);
     using A = decltype(a);
@@ -793,7 +806,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ds_conv_train
     });
     if (own1) combine(moments1, pixels, g.ow, g.c, o.cp, mean1, var1);
 
-    const Fold<A> first(vector_tensor(mean1, x, ScalarType::Double), vector_tensor(var1, x, ScalarType::Double), dw_gamma, dw_beta, dw_eps, g.c);
+    const Fold<A> first(vector_tensor(mean1, x, ScalarType::Double), vector_tensor(var1, x, ScalarType::Double), dw_gamma,
+                        dw_beta, dw_eps, g.c);
     const Tensor w = torch::stable::contiguous(pw_weight);
     SEGFAST_CALL(pack<T, A>)(data<T>(w), g.k, g.c, g.c, 1, static_cast<const A*>(nullptr), panels.p);
     o.scale1 = first.scale.p, o.shift1 = first.shift.p, o.pw = panels.p, o.pw_shift = bias2.p;
@@ -804,12 +818,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ds_conv_train
     });
     if (own2) combine(moments2, pixels, o.tile, g.k, o.kp, mean2, var2);
 
-    const Fold<A> second(vector_tensor(mean2, x, ScalarType::Double), vector_tensor(var2, x, ScalarType::Double), pw_gamma, pw_beta, pw_eps, g.k);
+    const Fold<A> second(vector_tensor(mean2, x, ScalarType::Double), vector_tensor(var2, x, ScalarType::Double), pw_gamma,
+                         pw_beta, pw_eps, g.k);
     o.scale2 = second.scale.p, o.shift2 = second.shift.p;
     parallel_for(0, pixels, 256, [&](int64_t begin, int64_t end) { SEGFAST_CALL(train_output<T, A>)(o, begin, end); });
   });
-  return {channels_last ? y : torch::stable::contiguous(y), u, z, vector_tensor(mean1, x, statistics), vector_tensor(var1, x, statistics),
-          vector_tensor(mean2, x, statistics), vector_tensor(var2, x, statistics)};
+  return {channels_last ? y : torch::stable::contiguous(y),
+          u,
+          z,
+          vector_tensor(mean1, x, statistics),
+          vector_tensor(var1, x, statistics),
+          vector_tensor(mean2, x, statistics),
+          vector_tensor(var2, x, statistics)};
 }
 
 // The sums of kChunks partials [chunk][2][cp], in order, as the BatchNorm backward wants them.
@@ -839,16 +859,18 @@ struct NormGradients {
 // -> the gradients of x, dw_weight, dw_bias, dw_gamma, dw_beta, pw_weight, pw_bias, pw_gamma, pw_beta.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ds_conv_backward_cpu(
     const Tensor& grad, const Tensor& input, const Tensor& u, const Tensor& z, const Tensor& dw_weight, const Tensor& dw_mean,
-    const Tensor& dw_var, Optional dw_gamma, Optional dw_beta, double dw_eps, bool dw_batch, const Tensor& pw_weight, const Tensor& pw_mean,
-    const Tensor& pw_var, Optional pw_gamma, Optional pw_beta, double pw_eps, bool pw_batch, IntHeaderOnlyArrayRef stride,
-    IntHeaderOnlyArrayRef padding, IntHeaderOnlyArrayRef dilation, int64_t dw_act, int64_t act, bool need_input) {
+    const Tensor& dw_var, Optional dw_gamma, Optional dw_beta, double dw_eps, bool dw_batch, const Tensor& pw_weight,
+    const Tensor& pw_mean, const Tensor& pw_var, Optional pw_gamma, Optional pw_beta, double pw_eps, bool pw_batch,
+    IntHeaderOnlyArrayRef stride, IntHeaderOnlyArrayRef padding, IntHeaderOnlyArrayRef dilation, int64_t dw_act, int64_t act,
+    bool need_input) {
   backward_counter.add();
   const bool channels_last = is_channels_last(input);
   const Tensor x = contiguous_as(input, true), gy = contiguous_as(grad, true);
-  const Geometry g = geometry(x, dw_weight, pw_weight.size(0), Ints(stride.begin(), stride.end()), Ints(padding.begin(), padding.end()),
-                              Ints(dilation.begin(), dilation.end()));
+  const Geometry g = geometry(x, dw_weight, pw_weight.size(0), Ints(stride.begin(), stride.end()),
+                              Ints(padding.begin(), padding.end()), Ints(dilation.begin(), dilation.end()));
   const auto dtype = x.scalar_type(), statistics = statistics_dtype(x);
-  const Tensor grad_x = empty({need_input ? g.n : 0, g.c, g.h, g.w}, dtype, x, true), grad_u = empty({g.n, g.c, g.oh, g.ow}, dtype, x, true);
+  const Tensor grad_x = empty({need_input ? g.n : 0, g.c, g.h, g.w}, dtype, x, true),
+               grad_u = empty({g.n, g.c, g.oh, g.ow}, dtype, x, true);
   const Tensor grad_dw = empty({g.c, 1, g.kh, g.kw}, dtype, x), grad_pw = empty({g.k, g.c, 1, 1}, dtype, x);
   std::vector<double> dw_g[3], pw_g[3];
   with_types(x, [&](auto t, auto a) {

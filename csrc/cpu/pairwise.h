@@ -52,7 +52,8 @@ inline void gram_tile(const double* a, const double* b, int64_t b_stride, int64_
 }
 
 template <int P>
-SEGFAST_INLINE void mix_held(const double* z, int64_t z_stride, const double* w, int64_t k_panels, double* out, int64_t out_stride) {
+SEGFAST_INLINE void mix_held(const double* z, int64_t z_stride, const double* w, int64_t k_panels, double* out,
+                             int64_t out_stride) {
   for (int row = 0; row < 8; row += kRows) {
     Vec<double> sum[kRows][P * kVectors] = {};
     for (int64_t k = 0; k < k_panels; ++k) {
@@ -159,8 +160,9 @@ void pack_nodes(const T* x, int64_t channels, int64_t stride_c, int64_t stride_m
 //   grad_x = g / (norm + eps) - y (y . g) / norm    (the second term is the norm's own gradient), zero for a zero vector.
 // `out` is x's own layout: out[c * stride_c + m * stride_m].
 template <class T>
-void unpack_gradient(const double* y, int64_t y_stride, const double* g, int64_t g_stride, int64_t channels, int64_t count, const double* norm,
-                     const double* inverse, double scale, bool detach_norm, T* out, int64_t stride_c, int64_t stride_m) {
+void unpack_gradient(const double* y, int64_t y_stride, const double* g, int64_t g_stride, int64_t channels, int64_t count,
+                     const double* norm, const double* inverse, double scale, bool detach_norm, T* out, int64_t stride_c,
+                     int64_t stride_m) {
   for (int64_t m = 0; m < count; ++m) {
     Vec<double> dots[kVectors] = {};
     if (!detach_norm && norm[m] != 0) {
@@ -235,7 +237,13 @@ struct Features {
   int64_t images, channels, nodes, stride_n, stride_c, stride_m;
 
   explicit Features(const Tensor& t)
-      : x(t), images(t.size(0)), channels(t.size(1)), nodes(t.size(2)), stride_n(t.stride(0)), stride_c(t.stride(1)), stride_m(t.stride(2)) {}
+      : x(t),
+        images(t.size(0)),
+        channels(t.size(1)),
+        nodes(t.size(2)),
+        stride_n(t.stride(0)),
+        stride_c(t.stride(1)),
+        stride_m(t.stride(2)) {}
 
   int64_t panels() const { return (channels + 7) / 8; }
 
@@ -271,7 +279,8 @@ struct Features {
   }
 
   void unpack(const Tensor& gradient, int64_t image, int64_t begin, int64_t count, const double* y, int64_t y_stride,
-              const double* g, int64_t g_stride, const double* norm, const double* inverse, double scale, bool detach_norm) const {
+              const double* g, int64_t g_stride, const double* norm, const double* inverse, double scale,
+              bool detach_norm) const {
     dispatch_float("pairwise", x.scalar_type(), [&](auto type) {
       using T = decltype(type);
       T* to = data<T>(gradient) + image * gradient.stride(0) + begin * gradient.stride(2);

@@ -8,8 +8,8 @@ namespace {
 
 Counter counter("pairwise_loss");
 
-constexpr int64_t kBlock = 256;      // nodes of one pass over the tiles: the accumulators are read and written once a pass
-constexpr int64_t kTile = 3 * 64;    // doubles of a tile
+constexpr int64_t kBlock = 256;       // nodes of one pass over the tiles: the accumulators are read and written once a pass
+constexpr int64_t kTile = 3 * 64;     // doubles of a tile
 constexpr int64_t kBudget = 1 << 22;  // doubles of packed features at a time (32 MB), unless one image needs more
 
 // Gram form. With Z = [A; B], the normalised features of student and teacher stacked, channels x nodes:
@@ -31,8 +31,7 @@ double gram_form(const Features& student, const Features& teacher, double eps, c
         for (int64_t task = from; task < to; ++task) {
           const int64_t image = task / (2 * pieces), at = task / 2 % pieces * kNodes, length = std::min(kNodes, size - at);
           double* panel = packed.get() + (image * panels + (task % 2 ? a : 0)) * kBlock * 8 + at * 8;
-          (task % 2 ? teacher : student)
-              .pack(first + image, begin + at, length, length, eps, panel, kBlock * 8, norm, inverse);
+          (task % 2 ? teacher : student).pack(first + image, begin + at, length, length, eps, panel, kBlock * 8, norm, inverse);
         }
       });
       parallel_for(0, here * count, 8, [&](int64_t from, int64_t to) {
@@ -168,8 +167,8 @@ Tensor pairwise_loss_backward_cpu(const Tensor& grad, const Tensor& s, const Ten
       SEGFAST_CALL(mix)
       (difference, padded * 8, y.get(), padded / 8, a, (to - from) * 8, g.get() + from * 64, padded * 8);
       const int64_t count = std::min(nodes, to * 8) - from * 8;
-      student.unpack(out, image, from * 8, count, y.get() + from * 64, padded * 8, g.get() + from * 64, padded * 8, norm.get() + from * 8,
-                     inverse.get() + from * 8, scale, detach_norm);
+      student.unpack(out, image, from * 8, count, y.get() + from * 64, padded * 8, g.get() + from * 64, padded * 8,
+                     norm.get() + from * 8, inverse.get() + from * 8, scale, detach_norm);
     });
   }
   if (!gram) return out;
