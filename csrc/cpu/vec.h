@@ -120,6 +120,54 @@ SEGFAST_INLINE void store_n(T* p, Vec<compute<T>> v, int n) {
   for (int i = 0; i < n; ++i) p[i] = narrow_to<T>(lane<A>(v, i));
 }
 
+// exp within 2 ulp: 0 below 2^-126, infinity above 2^127, NaN kept. Round to n = x / ln 2 by adding 1.5 * 2^23, whose low
+// bits then hold n; a polynomial for the rest.
+#ifdef __GNUC__
+SEGFAST_INLINE Vec<float> exp(Vec<float> x) {
+  const Vec<float> shifted = x * 1.44269504f + 12582912.0f, n = shifted - 12582912.0f;
+  const Vec<float> r = x - n * 0.693359375f - n * -2.12194440e-4f;
+  Vec<float> p = splat(1.98756915e-4f);
+  p = p * r + 1.39819995e-3f;
+  p = p * r + 8.33345191e-3f;
+  p = p * r + 4.16657959e-2f;
+  p = p * r + 1.66666655e-1f;
+  p = p * r + 5.00000012e-1f;
+  p = p * r * r + r + 1.0f;
+  const Vec<float> y = p * (Vec<float>)(((I32)shifted << 23) + 0x3f800000);
+  const Vec<float> low = x < -87.3365f ? Vec<float>{} : y;
+  return x > 88.0296f ? splat(__builtin_inff()) : (x == x ? low : x);
+}
+// Natural logarithm of a normal number > 0 within 2 ulp; NaN and infinity kept.
+SEGFAST_INLINE Vec<float> log(Vec<float> x) {
+  const I32 bits = (I32)x - 0x3f3504f3;  // sqrt(1/2): the mantissa comes out within [sqrt(1/2), sqrt(2))
+  const Vec<float> exponent = __builtin_convertvector(bits >> 23, Vec<float>);
+  const Vec<float> f = (Vec<float>)((bits & 0x7fffff) + 0x3f3504f3) - 1.0f;
+  Vec<float> p = splat(7.0376836292e-2f);
+  p = p * f + -1.1514610310e-1f;
+  p = p * f + 1.1676998740e-1f;
+  p = p * f + -1.2420140846e-1f;
+  p = p * f + 1.4249322787e-1f;
+  p = p * f + -1.6668057665e-1f;
+  p = p * f + 2.0000714765e-1f;
+  p = p * f + -2.4999993993e-1f;
+  p = p * f + 3.3333331174e-1f;
+  const Vec<float> z = f * f;
+  const Vec<float> y = (f + (p * f * z + exponent * -2.12194440e-4f - z * 0.5f)) + exponent * 0.693359375f;
+  return x < __builtin_inff() ? y : x;
+}
+#else
+SEGFAST_INLINE Vec<float> exp(Vec<float> x) { return ::expf(x); }
+SEGFAST_INLINE Vec<float> log(Vec<float> x) { return ::logf(x); }
+#endif
+SEGFAST_INLINE Vec<double> exp(Vec<double> x) {
+  for (int i = 0; i < lanes<double>; ++i) lane<double>(x, i) = ::exp(lane<double>(x, i));
+  return x;
+}
+SEGFAST_INLINE Vec<double> log(Vec<double> x) {
+  for (int i = 0; i < lanes<double>; ++i) lane<double>(x, i) = ::log(lane<double>(x, i));
+  return x;
+}
+
 template <class A>
 SEGFAST_INLINE A sum_lanes(Vec<A> v) {
   A total = 0;

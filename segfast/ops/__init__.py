@@ -5,5 +5,6 @@ from segfast.ops.concat_shuffle import concat_shuffle
 from segfast.ops.ds_conv import BatchNorm, ds_conv
 from segfast.ops.pairwise_cosine import pairwise_cosine
 from segfast.ops.pairwise_loss import pairwise_loss
+from segfast.ops.pixelwise_kl import pixelwise_kl
 
-__all__ = ["BatchNorm", "channel_shuffle", "concat_shuffle", "ds_conv", "pairwise_cosine", "pairwise_loss"]
+__all__ = ["BatchNorm", "channel_shuffle", "concat_shuffle", "ds_conv", "pairwise_cosine", "pairwise_loss", "pixelwise_kl"]

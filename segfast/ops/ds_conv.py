@@ -250,8 +250,8 @@ def ds_conv(
     tensors = [t for t in (x, dw_weight, pw_weight, dw_bias, pw_bias, *(dw_bn or ())[:4], *(pw_bn or ())[:4]) if t is not None]
     if not _backend.has_kernel("ds_conv", *tensors) or dw_weight.shape[2] * dw_weight.shape[3] > _MAX_TAPS:
         return ds_conv_reference(
-            *(x, dw_weight, pw_weight), dw_bias=dw_bias, pw_bias=pw_bias, dw_bn=dw_bn, pw_bn=pw_bn, stride=stride, padding=padding,
-            dilation=dilation, dw_act=dw_act, act=act, training=training,
+            *(x, dw_weight, pw_weight), dw_bias=dw_bias, pw_bias=pw_bias, dw_bn=dw_bn, pw_bn=pw_bn, stride=stride,
+            padding=padding, dilation=dilation, dw_act=dw_act, act=act, training=training,
         )  # fmt: skip
     x, dw_weight, pw_weight, dw_bias, pw_bias = _backend.autocast(x, dw_weight, pw_weight, dw_bias, pw_bias)
     options = (stride, padding, dilation, ACTIVATIONS[dw_act], ACTIVATIONS[act])
