@@ -161,7 +161,7 @@ std::tuple<Tensor, Tensor, Tensor> pixelwise_kl_cpu(const Tensor& student, const
         const A inverse = static_cast<A>(1 / temperature);
         int exponent = 0;
         const bool exact = std::frexp(temperature, &exponent) == 0.5 && std::abs(exponent) < 100;
-        const int64_t block = s.classes <= 24 ? 128 : s.classes <= 64 ? 64 : s.classes <= 512 ? 32 : 16;
+        const int64_t block = s.channels_last || s.classes > 512 ? 16 : s.classes > 256 ? 64 : 128;
         parallel_for(0, s.images * parts, 1, [&](int64_t from, int64_t to) {
           std::vector<A> buffer((2 * s.classes + 1) * block + 64 / sizeof(A));
           A* const a = aligned(buffer);
