@@ -89,6 +89,26 @@ def pairwise_cosine(dtype: torch.dtype, device: torch.device) -> Iterator[Sample
 
 
 @samples
+def pixelwise_kl(dtype: torch.dtype, device: torch.device) -> Iterator[Sample]:
+    def logits(*size, layout="contiguous"):
+        return tuple(3 * tensor(*size, dtype=dtype, device=device, layout=layout, seed=i) for i in (0, 1))
+
+    target = torch.tensor([[[0, 1, 255, 2, 255], [255, 1, 1, 0, 7], [2, 255, 255, 0, 1]]], device=device)
+    for layout in LAYOUTS:
+        yield Sample(f"2x7x5x9-{layout}", logits(2, 7, 5, 9, layout=layout))
+    yield Sample("2x19x9x23-T4", logits(2, 19, 9, 23), {"temperature": 4.0})
+    yield Sample("2x19x9x23-T0.7-channels_last", logits(2, 19, 9, 23, layout="channels_last"), {"temperature": 0.7})
+    yield Sample("1x4x3x5-target", logits(1, 4, 3, 5), {"target": target})
+    yield Sample("1x4x3x5-target-mask-sum", logits(1, 4, 3, 5), {"target": target, "mask": target < 2, "reduction": "sum"})
+    yield Sample("1x4x3x5-none", logits(1, 4, 3, 5), {"target": target, "reduction": "none", "temperature": 2})
+    yield Sample("2x2x3x3-batchmean", logits(2, 2, 3, 3), {"reduction": "batchmean"})
+    yield Sample("1x70x6x3", logits(1, 70, 6, 3))
+    yield Sample("1x5x3x5-all-ignored", logits(1, 5, 3, 5), {"mask": torch.zeros_like(target, dtype=torch.bool)})
+    yield Sample("0x3x2x2-sum", logits(0, 3, 2, 2), {"reduction": "sum"})
+    yield Sample("2x3x1x1", logits(2, 3, 1, 1))
+
+
+@samples
 def concat_shuffle(dtype: torch.dtype, device: torch.device) -> Iterator[Sample]:
     def parts(size, channels, layout="contiguous"):
         n, h, w = size
@@ -125,3 +145,11 @@ def concat_shuffle_large(dtype: torch.dtype, device: torch.device) -> Iterator[S
         for c, h, w in ((58, 64, 128), (116, 32, 64), (232, 16, 32)):
             pair = [tensor(4, c, h, w, dtype=dtype, device=device, layout=layout, seed=i) for i in (0, 1)]
             yield Sample(f"4x({c}+{c})x{h}x{w}-{layout}", (pair,))
+
+
+@large_samples
+def pixelwise_kl_large(dtype: torch.dtype, device: torch.device) -> Iterator[Sample]:
+    for layout in ("contiguous", "channels_last"):
+        for size in ((2, 19, 512, 1024), (2, 150, 128, 128)):
+            pair = tuple(3 * tensor(*size, dtype=dtype, device=device, layout=layout, seed=i) for i in (0, 1))
+            yield Sample(f"{'x'.join(map(str, size))}-{layout}", pair)

@@ -12,6 +12,7 @@ void gather_logits(const T* x, int64_t class_stride, int64_t pixel_stride, int64
     for (int64_t c = 0; c < classes; ++c) {
       for (int64_t p = 0; p < count; p += lanes<A>) {
         const int64_t left = count - p;
+        prefetch(x + c * class_stride + p + block);
         const Vec<A> v = load_n(x + c * class_stride + p, left < lanes<A> ? static_cast<int>(left) : lanes<A>);
         store(out + c * block + p, multiply ? v * temperature : v / temperature);
       }

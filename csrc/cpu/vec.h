@@ -168,6 +168,13 @@ SEGFAST_INLINE Vec<double> log(Vec<double> x) {
   return x;
 }
 
+// May name any address.
+SEGFAST_INLINE void prefetch([[maybe_unused]] const void* p) {
+#ifdef __GNUC__
+  __builtin_prefetch(p);
+#endif
+}
+
 template <class A>
 SEGFAST_INLINE A sum_lanes(Vec<A> v) {
   A total = 0;

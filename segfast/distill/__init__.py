@@ -1,5 +1,5 @@
 """Distillation losses, one paper a file."""
 
-from segfast.distill.structured import PairWiseLoss
+from segfast.distill.structured import PairWiseLoss, PixelWiseLoss
 
-__all__ = ["PairWiseLoss"]
+__all__ = ["PairWiseLoss", "PixelWiseLoss"]

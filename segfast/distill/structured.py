@@ -1,8 +1,12 @@
 """Structured Knowledge Distillation for Semantic Segmentation (Liu et al., arXiv:1903.04197): its losses as modules."""
 
+import math
+
+import torch
 from torch import Tensor, nn
 
 from segfast import ops
+from segfast.ops.pixelwise_kl import check_options, valid_pixels
 
 
 class PairWiseLoss(nn.Module):
@@ -63,3 +67,52 @@ class PairWiseLoss(nn.Module):
         if self.preset == "official":
             return f"preset='official', scale={self.scale}, detach_norm={self.detach_norm}, eps={self.eps}"
         return f"node_size={self.node_size}, pool={self.pool!r}, grid={self.grid}, detach_norm={self.detach_norm}, eps={self.eps}"
+
+
+class PixelWiseLoss(nn.Module):
+    """Pixel-wise distillation of logits: `segfast.ops.pixelwise_kl` as a module.
+
+    preset="paper": T^2 KL(teacher || student), the mean over the valid pixels of all images (eq. 1, its text and the common use:
+    the formula as surveys quote it has the arguments of KL the other way round). preset="official" is the authors' released
+    code: the cross-entropy -sum_c p_T log p_S, summed over images and pixels and divided by W and H. It has the gradient of the
+    divergence, its value is greater by the teacher's entropy.
+
+    Args:
+        temperature, ignore_index, reduction: as in `segfast.ops.pixelwise_kl`. With "official", temperature and reduction are
+            the preset's and must be left alone.
+        preset: "paper" or "official".
+
+    Raises:
+        ValueError: an unknown preset, an option that the preset sets itself, and what `segfast.ops.pixelwise_kl` raises.
+    """
+
+    def __init__(
+        self, *, temperature: float = 1.0, ignore_index: int = 255, reduction: str = "mean", preset: str = "paper"
+    ) -> None:
+        super().__init__()
+        if preset not in ("paper", "official"):
+            raise ValueError(f'PixelWiseLoss: want preset "paper" or "official", got {preset!r}')
+        if preset == "official" and (temperature, reduction) != (1.0, "mean"):
+            raise ValueError(
+                f'PixelWiseLoss: want temperature and reduction left alone with preset="official", '
+                f"got temperature={temperature}, reduction={reduction!r}"
+            )
+        check_options("PixelWiseLoss", temperature, reduction)
+        self.temperature, self.ignore_index, self.reduction, self.preset = temperature, ignore_index, reduction, preset
+
+    def forward(self, student: Tensor, teacher: Tensor, target: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        """The loss of logits (N, C, H, W); `target` and `mask` (N, H, W) say which pixels count."""
+        options = {"target": target, "ignore_index": self.ignore_index, "mask": mask}
+        if self.preset == "paper":
+            return ops.pixelwise_kl(student, teacher, temperature=self.temperature, reduction=self.reduction, **options)
+        divergence = ops.pixelwise_kl(student, teacher, reduction="sum", **options)
+        entropy = ops.pixelwise_kl(torch.zeros_like(teacher), teacher, reduction="none", **options)
+        valid = valid_pixels(target, self.ignore_index, mask)
+        pixels = entropy.numel() if valid is None else valid.sum()
+        return (divergence + pixels * math.log(teacher.shape[1]) - entropy.sum()) / student.shape[3] / student.shape[2]
+
+    def extra_repr(self) -> str:
+        return (
+            f"temperature={self.temperature}, ignore_index={self.ignore_index}, reduction={self.reduction!r}, "
+            f"preset={self.preset!r}"
+        )

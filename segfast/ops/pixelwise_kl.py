@@ -168,6 +168,10 @@ def check(op: str, student, teacher, temperature, target, mask, reduction) -> No
     for name, x in (("teacher", teacher), ("target", target), ("mask", mask)):
         if x is not None and x.device != student.device:
             raise ValueError(f"{op}: want {name} on the student's device {student.device}, got {x.device}")
+    check_options(op, temperature, reduction)
+
+
+def check_options(op: str, temperature: float, reduction: str) -> None:
     if not 0 < temperature < math.inf:
         raise ValueError(f"{op}: want temperature > 0 and finite, got {temperature}")
     if reduction not in REDUCTIONS:
