@@ -36,6 +36,7 @@ struct DsConv {
   const A *scale2, *shift2, *mean2;
   const A *center1, *slope1;  // grad_u = scale * (g - center - slope * (u - mean)): BN backward
   const A *center2, *slope2;
+  const A* zeros;  // as long as the longest row: the shift of what has none
   int64_t act1, act2;
 };
 
@@ -50,12 +51,6 @@ constexpr int kVectors = 2;  // vectors a panel
 template <class A>
 constexpr int kRows = SEGFAST_BYTES == 64 ? 12 : 6;
 
-template <class A>
-SEGFAST_INLINE Vec<A> exp_lanes(Vec<A> v) {
-  for (int i = 0; i < lanes<A>; ++i) lane<A>(v, i) = ::exp(lane<A>(v, i));
-  return v;
-}
-
 // NaN stays NaN, as in ATen.
 template <class A>
 SEGFAST_INLINE Vec<A> activate(Vec<A> v, int64_t act) {
@@ -66,7 +61,7 @@ SEGFAST_INLINE Vec<A> activate(Vec<A> v, int64_t act) {
     case kRelu6:
       return v < zero ? zero : (v > six ? six : v);
     case kSilu:
-      return v / (exp_lanes<A>(-v) + 1);
+      return v / (exp(-v) + 1);
     case kHardswish: {
       const Vec<A> r = v + three;
       return v * (r < zero ? zero : (r > six ? six : r)) / six;
@@ -86,7 +81,7 @@ SEGFAST_INLINE Vec<A> activate_grad(Vec<A> v, Vec<A> g, int64_t act) {
     case kRelu6:
       return v <= zero ? zero : (v >= six ? zero : g);
     case kSilu: {
-      const Vec<A> s = 1 / (exp_lanes<A>(-v) + 1);
+      const Vec<A> s = 1 / (exp(-v) + 1);
       return g * s * (1 + v * (1 - s));
     }
     case kHardswish:
@@ -96,14 +91,61 @@ SEGFAST_INLINE Vec<A> activate_grad(Vec<A> v, Vec<A> g, int64_t act) {
   }
 }
 
-// acc[i][j] += sum over depth of a[i * row + d * step] * b[d * b_step + j * lanes]
-template <int M, int V, class A>
-SEGFAST_INLINE void micro(int64_t depth, const A* __restrict a, int64_t row, int64_t step, const A* __restrict b, int64_t b_step,
-                          Vec<A> (&acc)[M][V]) {
+// The activations that are a clamp to [low, high]; NaN stays NaN.
+SEGFAST_INLINE bool is_clamp(int64_t act) { return act == kIdentity || act == kRelu || act == kRelu6; }
+template <class A>
+SEGFAST_INLINE A low_of(int64_t act) {
+  return act == kIdentity ? -static_cast<A>(__builtin_inff()) : A(0);
+}
+template <class A>
+SEGFAST_INLINE A high_of(int64_t act) {
+  return act == kRelu6 ? A(6) : static_cast<A>(__builtin_inff());
+}
+template <class A>
+SEGFAST_INLINE Vec<A> clamp(Vec<A> v, Vec<A> low, Vec<A> high) {
+  v = v < low ? low : v;
+  return v > high ? high : v;
+}
+
+// Where a product goes: row i, columns from col on, of a matrix with `cols` columns, `ld` apart.
+//   to = act(value + shift) when Clamp or not, = value when there is no shift, += value when Add.
+template <class T, class A, bool Clamp = true>
+struct Put {
+  T* to;
+  int64_t ld, cols;
+  const A* shift;
+  int64_t act;
+  SEGFAST_INLINE Vec<A> value(int64_t col, Vec<A> v) const {
+    v += load(shift + col);
+    if constexpr (Clamp) return clamp<A>(v, splat(low_of<A>(act)), splat(high_of<A>(act)));
+    return activate<A>(v, act);
+  }
+  SEGFAST_INLINE void operator()(int64_t i, int64_t col, Vec<A> v) const { store(to + i * ld + col, value(col, v)); }
+  SEGFAST_INLINE void part(int64_t i, int64_t col, Vec<A> v) const {
+    if (col < cols) store_n(to + i * ld + col, value(col, v), static_cast<int>(cols - col));
+  }
+};
+template <class A>
+struct Add {
+  A* to;
+  int64_t ld, cols;
+  SEGFAST_INLINE void operator()(int64_t i, int64_t col, Vec<A> v) const {
+    store(to + i * ld + col, load(to + i * ld + col) + v);
+  }
+  SEGFAST_INLINE void part(int64_t i, int64_t col, Vec<A> v) const { (*this)(i, col, v); }
+};
+
+// M rows, V vectors of columns from `col` on: sum over depth of a[i * row + d * step] * b[d * b_step + j * lanes].
+// A function of its own: in a large one GCC keeps the accumulators in memory. For the same reason `put` calls nothing.
+template <int M, int V, class A, class P>
+__attribute__((noinline)) void micro(int64_t depth, const A* __restrict a, int64_t row, int64_t step, const A* __restrict b,
+                                     int64_t b_step, int64_t first, int64_t col, const P put) {
+  constexpr int L = lanes<A>;
+  Vec<A> acc[M][V] = {};
   for (int64_t d = 0; d < depth; ++d) {
     Vec<A> bv[V];
 #pragma GCC unroll 8
-    for (int j = 0; j < V; ++j) bv[j] = load(b + d * b_step + j * lanes<A>);
+    for (int j = 0; j < V; ++j) bv[j] = load(b + d * b_step + j * L);
 #pragma GCC unroll 16
     for (int i = 0; i < M; ++i) {
       const A s = a[i * row + d * step];
@@ -111,66 +153,48 @@ SEGFAST_INLINE void micro(int64_t depth, const A* __restrict a, int64_t row, int
       for (int j = 0; j < V; ++j) acc[i][j] += bv[j] * s;
     }
   }
-}
-
-// One block of `rows` <= M rows; calls done(i, j, value) for each.
-template <int M, int V, class A, class Done>
-SEGFAST_INLINE void block(int64_t rows, int64_t depth, const A* a, int64_t row, int64_t step, const A* b, int64_t b_step,
-                          Done done) {
-  if (rows >= M) {
-    Vec<A> acc[M][V] = {};
-    micro<M, V, A>(depth, a, row, step, b, b_step, acc);
+  if (col + V * L <= put.cols) {
 #pragma GCC unroll 16
     for (int i = 0; i < M; ++i) {
 #pragma GCC unroll 8
-      for (int j = 0; j < V; ++j) done(i, j, acc[i][j]);
+      for (int j = 0; j < V; ++j) put(first + i, col + j * L, acc[i][j]);
     }
-    return;
-  }
-  for (int64_t i = 0; i < rows; ++i) {
-    Vec<A> acc[1][V] = {};
-    micro<1, V, A>(depth, a + i * row, row, step, b, b_step, acc);
-    for (int j = 0; j < V; ++j) done(i, j, acc[0][j]);
+  } else {
+#pragma GCC unroll 16
+    for (int i = 0; i < M; ++i) {
+#pragma GCC unroll 8
+      for (int j = 0; j < V; ++j) put.part(first + i, col + j * L, acc[i][j]);
+    }
   }
 }
 
-// [rows, depth] (leading dimension lda) times packed panels [cols / panel][depth][panel]; done(row, column, value).
-template <class A, class Done>
-SEGFAST_INLINE void product(int64_t rows, int64_t depth, const A* a, int64_t lda, const A* panels, int64_t cols, Done done) {
-  constexpr int V = kVectors<A>, M = kRows<A>, L = lanes<A>;
+template <int V, class A, class P>
+SEGFAST_INLINE void rows_of(int64_t rows, int64_t depth, const A* a, int64_t row, int64_t step, const A* b, int64_t b_step,
+                            int64_t col, const P& put) {
+  constexpr int M = kRows<A>;
+  int64_t i = 0;
+  for (; i + M <= rows; i += M) micro<M, V, A>(depth, a + i * row, row, step, b, b_step, i, col, put);
+  for (; i + 4 <= rows; i += 4) micro<4, V, A>(depth, a + i * row, row, step, b, b_step, i, col, put);
+  for (; i < rows; ++i) micro<1, V, A>(depth, a + i * row, row, step, b, b_step, i, col, put);
+}
+
+// [rows, depth] (leading dimension lda) times packed panels [padded / panel][depth][panel].
+template <class A, class P>
+SEGFAST_INLINE void product(int64_t rows, int64_t depth, const A* a, int64_t lda, const A* panels, int64_t padded, const P& put) {
+  constexpr int V = kVectors<A>, L = lanes<A>;
   int64_t col = 0;
-  for (; col + V * L <= cols; col += V * L) {
-    for (int64_t i0 = 0; i0 < rows; i0 += M) {
-      block<M, V, A>(rows - i0, depth, a + i0 * lda, lda, 1, panels + col * depth, V * L,
-                     [&](int64_t i, int j, Vec<A> v) { done(i0 + i, col + j * L, v); });
-    }
-  }
-  for (; col < cols; col += L) {
-    for (int64_t i0 = 0; i0 < rows; i0 += M) {
-      block<M, 1, A>(rows - i0, depth, a + i0 * lda, lda, 1, panels + col * depth, L,
-                     [&](int64_t i, int, Vec<A> v) { done(i0 + i, col, v); });
-    }
-  }
+  for (; col + V * L <= padded; col += V * L) rows_of<V, A>(rows, depth, a, lda, 1, panels + col * depth, V * L, col, put);
+  for (; col < padded; col += L) rows_of<1, A>(rows, depth, a, lda, 1, panels + col * depth, L, col, put);
 }
 
-// out[r][c] += sum over pixels p of a[p * lda + r] * b[p * ldb + c]: the weight gradient of the pointwise half.
-template <class A>
-SEGFAST_INLINE void product_transposed(int64_t pixels, const A* a, int64_t lda, int64_t rows, const A* b, int64_t ldb, A* out) {
-  constexpr int V = kVectors<A>, M = kRows<A>, L = lanes<A>;
-  for (int64_t col = 0, width; col < ldb; col += width) {
-    width = col + V * L <= ldb ? V * L : L;
-    for (int64_t r0 = 0; r0 < rows; r0 += M) {
-      const auto add = [&](int64_t i, int j, Vec<A> v) {
-        A* o = out + (r0 + i) * ldb + col + j * L;
-        store(o, load(o) + v);
-      };
-      if (width == V * L) {
-        block<M, V, A>(rows - r0, pixels, a + r0, 1, lda, b + col, ldb, add);
-      } else {
-        block<M, 1, A>(rows - r0, pixels, a + r0, 1, lda, b + col, ldb, add);
-      }
-    }
-  }
+// put's matrix[r][c]: sum over pixels p of a[p * lda + r] * b[p * ldb + c]: the weight gradient of the pointwise half.
+template <class A, class P>
+SEGFAST_INLINE void product_transposed(int64_t pixels, const A* a, int64_t lda, int64_t rows, const A* b, int64_t ldb,
+                                       const P& put) {
+  constexpr int V = kVectors<A>, L = lanes<A>;
+  int64_t col = 0;
+  for (; col + V * L <= ldb; col += V * L) rows_of<V, A>(rows, pixels, a, 1, lda, b + col, ldb, col, put);
+  for (; col < ldb; col += L) rows_of<1, A>(rows, pixels, a, 1, lda, b + col, ldb, col, put);
 }
 
 // Packs w (element (col, d) at w[col * col_step + d * d_step]) into panels, times scale[col] or scale_d.
@@ -191,65 +215,76 @@ void pack(const T* w, int64_t cols, int64_t depth, int64_t col_step, int64_t d_s
 }
 
 // One output pixel of a depthwise convolution from its list of taps: sources and weights.
-template <class T, class A, class Done>
-SEGFAST_INLINE void depthwise_pixel(int taps, const T* const* from, const A* const* weight, const A* shift, int64_t c,
-                                    Done done) {
+template <class T, class A, class P>
+SEGFAST_INLINE void depthwise_pixel(int taps, const T* const* from, const A* const* weight, int64_t pixel, const P& put) {
   constexpr int L = lanes<A>;
-  for (int64_t c0 = 0; c0 < c; c0 += L) {
-    Vec<A> acc = shift ? load(shift + c0) : Vec<A>{};
-    const int left = static_cast<int>(c - c0 < L ? c - c0 : L);
-    for (int t = 0; t < taps; ++t) acc += load_n(from[t] + c0, left) * load(weight[t] + c0);
-    done(c0, acc);
+  for (int64_t c0 = 0; c0 < put.cols; c0 += L) {
+    Vec<A> acc{};
+    if (c0 + L <= put.cols) {
+      for (int t = 0; t < taps; ++t) acc += load(from[t] + c0) * load(weight[t] + c0);
+      put(pixel, c0, acc);
+    } else {
+      for (int t = 0; t < taps; ++t) acc += load_n(from[t] + c0, static_cast<int>(put.cols - c0)) * load(weight[t] + c0);
+      put.part(pixel, c0, acc);
+    }
   }
 }
 
-// Interior pixels of one row, K taps wide, stride S, no dilation: `count` outputs from ox on, vertical taps [ky0, ky1).
-template <int K, int S, class T, class A, class Done>
-SEGFAST_INLINE void depthwise_run(const T* x, int64_t row, int64_t c, const A* w, int64_t cp, const A* shift, int64_t ky0,
-                                  int64_t ky1, int64_t count, Done done) {
-  constexpr int L = lanes<A>, P = SEGFAST_BYTES == 64 ? 8 : 4;
-  for (int64_t c0 = 0; c0 < c; c0 += L) {
-    const bool whole = c - c0 >= L;
-    const int left = static_cast<int>(whole ? L : c - c0);
-    const Vec<A> bias = shift ? load(shift + c0) : Vec<A>{};
-    int64_t p = 0;
-    for (; whole && p + P <= count; p += P) {
-      Vec<A> acc[P];
+// N interior pixels of one row from `pixel` on and all their channels: K taps wide, stride S, no dilation, vertical taps
+// [ky0, ky1).
+template <int N, int K, int S, class T, class A, class P>
+__attribute__((noinline)) void depthwise_block(const T* x, int64_t row, int64_t c, const A* w, int64_t cp, int64_t ky0,
+                                               int64_t ky1, int64_t pixel, const P put) {
+  constexpr int L = lanes<A>;
+  const auto taps = [&](int64_t c0, auto read, Vec<A>(&acc)[N]) {
+    for (int64_t ky = ky0; ky < ky1; ++ky) {
+      const T* from = x + ky * row + c0;
+      if (ky + 1 == ky1) {  // the next block's part of the row that is new: the hardware does not follow these strides
+#pragma GCC unroll 16
+        for (int i = 0; i < N * S; ++i) prefetch(from + (N * S + K - S + i) * c);
+      }
+      Vec<A> wv[K];
 #pragma GCC unroll 8
-      for (int i = 0; i < P; ++i) acc[i] = bias;
-      for (int64_t ky = ky0; ky < ky1; ++ky) {
-        const T* from = x + ky * row + p * S * c + c0;
-        Vec<A> wv[K];
-#pragma GCC unroll 8
-        for (int kx = 0; kx < K; ++kx) wv[kx] = load(w + (ky * K + kx) * cp + c0);
+      for (int kx = 0; kx < K; ++kx) wv[kx] = load(w + (ky * K + kx) * cp + c0);
 #pragma GCC unroll 32
-        for (int column = 0; column < (P - 1) * S + K; ++column) {
-          const Vec<A> v = load(from + column * c);
+      for (int column = 0; column < (N - 1) * S + K; ++column) {
+        const Vec<A> v = read(from + column * c);
 #pragma GCC unroll 8
-          for (int kx = 0; kx < K; ++kx) {
-            if (column >= kx && (column - kx) % S == 0 && (column - kx) / S < P) acc[(column - kx) / S] += v * wv[kx];
-          }
-        }
-      }
-#pragma GCC unroll 8
-      for (int i = 0; i < P; ++i) done(p + i, c0, acc[i]);
-    }
-    for (; p < count; ++p) {
-      Vec<A> acc = bias;
-      for (int64_t ky = ky0; ky < ky1; ++ky) {
         for (int kx = 0; kx < K; ++kx) {
-          acc += load_n(x + ky * row + (p * S + kx) * c + c0, left) * load(w + (ky * K + kx) * cp + c0);
+          if (column >= kx && (column - kx) % S == 0 && (column - kx) / S < N) acc[(column - kx) / S] += v * wv[kx];
         }
       }
-      done(p, c0, acc);
     }
+  };
+  int64_t c0 = 0;
+  for (; c0 + L <= c; c0 += L) {
+    Vec<A> acc[N] = {};
+    taps(c0, [](const T* p) { return load(p); }, acc);
+#pragma GCC unroll 8
+    for (int i = 0; i < N; ++i) put(pixel + i, c0, acc[i]);
+  }
+  if (c0 < c) {
+    Vec<A> acc[N] = {};
+    const int left = static_cast<int>(c - c0);
+    taps(c0, [left](const T* p) { return load_n(p, left); }, acc);
+#pragma GCC unroll 8
+    for (int i = 0; i < N; ++i) put.part(pixel + i, c0, acc[i]);
   }
 }
 
-// Outputs [ox0, ox1) of row oy of image n of a depthwise convolution of x [n][h][w][c]; done(pixel - ox0, channel, value).
-template <class T, class A, class Done>
-SEGFAST_INLINE void depthwise_row(const Geometry& g, const T* x, const A* w, int64_t cp, const A* shift, int64_t n, int64_t oy,
-                                  int64_t ox0, int64_t ox1, Done done) {
+template <int K, int S, class T, class A, class P>
+SEGFAST_INLINE void depthwise_run(const T* x, int64_t row, int64_t c, const A* w, int64_t cp, int64_t ky0, int64_t ky1,
+                                  int64_t count, int64_t pixel, const P& put) {
+  constexpr int N = SEGFAST_BYTES == 64 ? 8 : 4;
+  int64_t p = 0;
+  for (; p + N <= count; p += N) depthwise_block<N, K, S>(x + p * S * c, row, c, w, cp, ky0, ky1, pixel + p, put);
+  for (; p < count; ++p) depthwise_block<1, K, S>(x + p * S * c, row, c, w, cp, ky0, ky1, pixel + p, put);
+}
+
+// Outputs [ox0, ox1) of row oy of image n of a depthwise convolution of x [n][h][w][c], put at rows `at`, `at` + 1, ...
+template <class T, class A, class P>
+SEGFAST_INLINE void depthwise_row(const Geometry& g, const T* x, const A* w, int64_t cp, int64_t n, int64_t oy, int64_t ox0,
+                                  int64_t ox1, int64_t at, const P& put) {
   const int64_t row = g.w * g.c, iy = oy * g.sh - g.ph;
   const T* image = x + n * g.h * row;
   int64_t first = ox1, last = ox1;  // the pixels whose taps all lie inside, horizontally
@@ -266,11 +301,11 @@ SEGFAST_INLINE void depthwise_row(const Geometry& g, const T* x, const A* w, int
       const int64_t ky0 = iy < 0 ? (-iy < g.kh ? -iy : g.kh) : 0;
       const int64_t ky1 = iy + g.kh > g.h ? (g.h - iy > ky0 ? g.h - iy : ky0) : g.kh;
       const T* from = image + iy * row + (ox * g.sw - g.pw) * g.c;
-      const auto at = [&](int64_t p, int64_t c0, Vec<A> v) { done(first - ox0 + p, c0, v); };
-      if (g.kw == 3 && g.sw == 1) depthwise_run<3, 1>(from, row, g.c, w, cp, shift, ky0, ky1, last - first, at);
-      if (g.kw == 3 && g.sw == 2) depthwise_run<3, 2>(from, row, g.c, w, cp, shift, ky0, ky1, last - first, at);
-      if (g.kw == 5 && g.sw == 1) depthwise_run<5, 1>(from, row, g.c, w, cp, shift, ky0, ky1, last - first, at);
-      if (g.kw == 5 && g.sw == 2) depthwise_run<5, 2>(from, row, g.c, w, cp, shift, ky0, ky1, last - first, at);
+      const int64_t count = last - first, pixel = at + first - ox0;
+      if (g.kw == 3 && g.sw == 1) depthwise_run<3, 1>(from, row, g.c, w, cp, ky0, ky1, count, pixel, put);
+      if (g.kw == 3 && g.sw == 2) depthwise_run<3, 2>(from, row, g.c, w, cp, ky0, ky1, count, pixel, put);
+      if (g.kw == 5 && g.sw == 1) depthwise_run<5, 1>(from, row, g.c, w, cp, ky0, ky1, count, pixel, put);
+      if (g.kw == 5 && g.sw == 2) depthwise_run<5, 2>(from, row, g.c, w, cp, ky0, ky1, count, pixel, put);
       ox = last - 1;
       continue;
     }
@@ -288,7 +323,7 @@ SEGFAST_INLINE void depthwise_row(const Geometry& g, const T* x, const A* w, int
         weight[taps++] = w + (ky * g.kw + kx) * cp;
       }
     }
-    depthwise_pixel(taps, from, weight, shift, g.c, [&](int64_t c0, Vec<A> v) { done(ox - ox0, c0, v); });
+    depthwise_pixel(taps, from, weight, at + ox - ox0, put);
   }
 }
 
@@ -303,32 +338,26 @@ SEGFAST_INLINE void each_row(const Geometry& g, int64_t begin, int64_t end, F f)
   }
 }
 
-template <class T, class A>
-void ds_conv_tiles(const DsConv<T, A>& o, int64_t begin, int64_t end, A* buffer) {
+template <class T, class A, bool Clamp1, bool Clamp2>
+SEGFAST_INLINE void ds_conv_tiles_of(const DsConv<T, A>& o, int64_t begin, int64_t end, A* buffer) {
   for (int64_t t0 = begin; t0 < end; t0 += o.tile) {
     const int64_t t1 = t0 + o.tile < end ? t0 + o.tile : end;
+    const Put<A, A, Clamp1> middle{buffer, o.cp, o.g.c, o.dw_shift, o.act1};
     each_row(o.g, t0, t1, [&](int64_t n, int64_t oy, int64_t ox0, int64_t ox1, int64_t offset) {
-      A* out = buffer + offset * o.cp;
-      switch (o.act1) {  // outside the loops, so that each copy has its activation inlined
-        case kIdentity:
-          depthwise_row(o.g, o.x, o.dw, o.cp, o.dw_shift, n, oy, ox0, ox1,
-                        [&](int64_t p, int64_t c0, Vec<A> v) { store(out + p * o.cp + c0, v); });
-          break;
-        case kRelu:
-          depthwise_row(o.g, o.x, o.dw, o.cp, o.dw_shift, n, oy, ox0, ox1,
-                        [&](int64_t p, int64_t c0, Vec<A> v) { store(out + p * o.cp + c0, activate<A>(v, kRelu)); });
-          break;
-        default:
-          depthwise_row(o.g, o.x, o.dw, o.cp, o.dw_shift, n, oy, ox0, ox1,
-                        [&](int64_t p, int64_t c0, Vec<A> v) { store(out + p * o.cp + c0, activate<A>(v, o.act1)); });
-      }
+      depthwise_row(o.g, o.x, o.dw, o.cp, n, oy, ox0, ox1, offset, middle);
     });
-    T* y = o.y + t0 * o.g.k;
-    product<A>(t1 - t0, o.g.c, buffer, o.cp, o.pw, o.kp, [&](int64_t p, int64_t k, Vec<A> v) {
-      const int left = static_cast<int>(o.g.k - k < lanes<A> ? o.g.k - k : lanes<A>);
-      store_n(y + p * o.g.k + k, activate<A>(v + load(o.pw_shift + k), o.act2), left);
-    });
+    product<A>(t1 - t0, o.g.c, buffer, o.cp, o.pw, o.kp, Put<T, A, Clamp2>{o.y + t0 * o.g.k, o.g.k, o.g.k, o.pw_shift, o.act2});
   }
+}
+
+template <class T, class A>
+void ds_conv_tiles(const DsConv<T, A>& o, int64_t begin, int64_t end, A* buffer) {
+  if (is_clamp(o.act1)) {
+    if (is_clamp(o.act2)) return ds_conv_tiles_of<T, A, true, true>(o, begin, end, buffer);
+    return ds_conv_tiles_of<T, A, true, false>(o, begin, end, buffer);
+  }
+  if (is_clamp(o.act2)) return ds_conv_tiles_of<T, A, false, true>(o, begin, end, buffer);
+  return ds_conv_tiles_of<T, A, false, false>(o, begin, end, buffer);
 }
 
 // Adds a tile [pixels][channels] of T to running moments [3][padded] in double: count-weighted mean and sum of squares about
@@ -360,10 +389,7 @@ void train_depthwise(const DsConv<T, A>& o, int64_t begin, int64_t end, double* 
   double count = 0;
   each_row(o.g, begin, end, [&](int64_t n, int64_t oy, int64_t ox0, int64_t ox1, int64_t offset) {
     T* u = o.u_out + (begin + offset) * o.g.c;
-    depthwise_row(o.g, o.x, o.dw, o.cp, o.dw_shift, n, oy, ox0, ox1, [&](int64_t p, int64_t c0, Vec<A> v) {
-      const int left = static_cast<int>(o.g.c - c0 < lanes<A> ? o.g.c - c0 : lanes<A>);
-      store_n(u + p * o.g.c + c0, v, left);
-    });
+    depthwise_row(o.g, o.x, o.dw, o.cp, n, oy, ox0, ox1, 0, Put<T, A>{u, o.g.c, o.g.c, o.dw_shift, kIdentity});
     if (moments) {
       add_moments<T, A>(u, ox1 - ox0, o.g.c, o.cp, count, moments, moments + o.cp);
       count += static_cast<double>(ox1 - ox0);
@@ -392,10 +418,7 @@ void train_pointwise(const DsConv<T, A>& o, int64_t begin, int64_t end, A* buffe
     const int64_t t1 = t0 + o.tile < end ? t0 + o.tile : end;
     normalise_tile(o.u + t0 * o.g.c, t1 - t0, o.g.c, o.cp, o.scale1, o.shift1, o.act1, buffer);
     T* z = o.z_out + t0 * o.g.k;
-    product<A>(t1 - t0, o.g.c, buffer, o.cp, o.pw, o.kp, [&](int64_t p, int64_t k, Vec<A> v) {
-      const int left = static_cast<int>(o.g.k - k < lanes<A> ? o.g.k - k : lanes<A>);
-      store_n(z + p * o.g.k + k, v + load(o.pw_shift + k), left);
-    });
+    product<A>(t1 - t0, o.g.c, buffer, o.cp, o.pw, o.kp, Put<T, A>{z, o.g.k, o.g.k, o.pw_shift, kIdentity});
     if (moments) {
       add_moments<T, A>(z, t1 - t0, o.g.k, o.kp, count, moments, moments + o.kp);
       count += static_cast<double>(t1 - t0);
@@ -459,8 +482,8 @@ void backward_pointwise(const DsConv<T, A>& o, int64_t begin, int64_t end, A* bu
         store(gz + p * o.kp + c0, scale * (g - load(o.center2 + c0) - load(o.slope2 + c0) * (z - load(o.mean2 + c0))));
       }
     }
-    product_transposed<A>(pixels, gz, o.kp, k, v, o.cp, grad_pw);
-    product<A>(pixels, k, gz, o.kp, o.pw_back, o.cp, [&](int64_t p, int64_t c0, Vec<A> g) { store(gv + p * o.cp + c0, g); });
+    product_transposed<A>(pixels, gz, o.kp, k, v, o.cp, Add<A>{grad_pw, o.cp, o.cp});
+    product<A>(pixels, k, gz, o.kp, o.pw_back, o.cp, Put<A, A>{gv, o.cp, o.cp, o.zeros, kIdentity});
     for (int64_t c0 = 0; c0 < c; c0 += L) {
       const int left = static_cast<int>(c - c0 < L ? c - c0 : L);
       const Vec<A> scale = load(o.scale1 + c0), shift = load(o.shift1 + c0), mean = load(o.mean1 + c0);
@@ -544,18 +567,14 @@ void backward_depthwise_weight(const DsConv<T, A>& o, int64_t begin, int64_t end
 template <class T, class A>
 void backward_input(const DsConv<T, A>& o, int64_t begin, int64_t end) {
   const Geometry& g = o.g;
-  const auto put = [&](T* to, int64_t c0, Vec<A> v) {
-    store_n(to + c0, v, static_cast<int>(g.c - c0 < lanes<A> ? g.c - c0 : lanes<A>));
-  };
+  const Put<T, A> put{o.grad_x, g.c, g.c, o.zeros, kIdentity};
   if (g.sh == 1 && g.sw == 1) {  // a depthwise convolution with the kernel turned round
     Geometry back = g;
     back.h = g.oh, back.w = g.ow, back.oh = g.h, back.ow = g.w;
     back.ph = g.dh * (g.kh - 1) - g.ph, back.pw = g.dw * (g.kw - 1) - g.pw;
     if (back.ph >= 0 && back.pw >= 0) {
       for (int64_t r = begin; r < end; ++r) {
-        T* to = o.grad_x + r * g.w * g.c;
-        depthwise_row(back, static_cast<const T*>(o.grad_u), o.dw_flipped, o.cp, static_cast<const A*>(nullptr), r / g.h, r % g.h,
-                      int64_t{0}, g.w, [&](int64_t p, int64_t c0, Vec<A> v) { put(to + p * g.c, c0, v); });
+        depthwise_row(back, static_cast<const T*>(o.grad_u), o.dw_flipped, o.cp, r / g.h, r % g.h, int64_t{0}, g.w, r * g.w, put);
       }
       return;
     }
@@ -576,8 +595,7 @@ void backward_input(const DsConv<T, A>& o, int64_t begin, int64_t end) {
           weight[taps++] = o.dw + (ky * g.kw + kx) * o.cp;
         }
       }
-      T* to = o.grad_x + (r * g.w + xx) * g.c;
-      depthwise_pixel(taps, from, weight, static_cast<const A*>(nullptr), g.c, [&](int64_t c0, Vec<A> v) { put(to, c0, v); });
+      depthwise_pixel(taps, from, weight, r * g.w + xx, put);
     }
   }
 }
@@ -597,6 +615,16 @@ Counter counter("ds_conv"), train_counter("ds_conv_train"), backward_counter("ds
 using Optional = std::optional<Tensor>;
 using Ints = std::vector<int64_t>;
 using torch::headeronly::IntHeaderOnlyArrayRef;
+
+// float32 and bfloat16 have the tuned sets; float64 and float16 the plain one, which keeps the build short.
+#define DS_CONV_CALL(...)                                      \
+  [&] {                                                        \
+    if constexpr (sizeof(T) == 8 || std::is_same_v<T, Half>) { \
+      return &::segfast::portable::__VA_ARGS__;                \
+    } else {                                                   \
+      return SEGFAST_CALL(__VA_ARGS__);                        \
+    }                                                          \
+  }()
 
 constexpr int64_t kPad = 16;     // every row is padded to whole vectors of the widest set
 constexpr int64_t kChunks = 32;  // reductions: fixed, so that the thread count cannot show
@@ -725,13 +753,13 @@ Tensor ds_conv_cpu(const Tensor& input, const Tensor& dw_weight, Optional dw_bia
       for (int64_t i = 0; i < g.k; ++i) second.shift.p[i] += static_cast<A>(bias2[i]) * second.scale.p[i];
       const Buffer<A> dw = depthwise_weight<A>(dw_weight, g, first.scale.p), panels(o.kp * g.c, false);
       const Tensor w = torch::stable::contiguous(pw_weight);
-      SEGFAST_CALL(pack<T, A>)(data<T>(w), g.k, g.c, g.c, 1, second.scale.p, panels.p);
+      DS_CONV_CALL(pack<T, A>)(data<T>(w), g.k, g.c, g.c, 1, second.scale.p, panels.p);
       o.x = data<T>(x), o.y = data<T>(y), o.dw = dw.p, o.dw_shift = first.shift.p, o.pw = panels.p, o.pw_shift = second.shift.p;
       o.act1 = dw_act, o.act2 = act, o.tile = tile_pixels(o.cp * sizeof(A));
       const int64_t tiles = (g.pixels() + o.tile - 1) / o.tile;
       parallel_for(0, tiles, 1, [&](int64_t begin, int64_t end) {
         const Buffer<A> scratch(o.tile * o.cp, false);
-        SEGFAST_CALL(ds_conv_tiles<T, A>)(o, begin * o.tile, std::min(end * o.tile, g.pixels()), scratch.p);
+        DS_CONV_CALL(ds_conv_tiles<T, A>)(o, begin * o.tile, std::min(end * o.tile, g.pixels()), scratch.p);
       });
     });
   }
@@ -802,26 +830,26 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ds_conv_train
     o.dw = dw.p, o.dw_shift = bias1.p;
     const Buffer<double> moments1(own1 ? kChunks * 2 * o.cp : 0);
     in_chunks(pixels, g.ow, [&](int64_t chunk, int64_t begin, int64_t end) {
-      SEGFAST_CALL(train_depthwise<T, A>)(o, begin, end, own1 ? moments1.p + chunk * 2 * o.cp : nullptr);
+      DS_CONV_CALL(train_depthwise<T, A>)(o, begin, end, own1 ? moments1.p + chunk * 2 * o.cp : nullptr);
     });
     if (own1) combine(moments1, pixels, g.ow, g.c, o.cp, mean1, var1);
 
     const Fold<A> first(vector_tensor(mean1, x, ScalarType::Double), vector_tensor(var1, x, ScalarType::Double), dw_gamma,
                         dw_beta, dw_eps, g.c);
     const Tensor w = torch::stable::contiguous(pw_weight);
-    SEGFAST_CALL(pack<T, A>)(data<T>(w), g.k, g.c, g.c, 1, static_cast<const A*>(nullptr), panels.p);
+    DS_CONV_CALL(pack<T, A>)(data<T>(w), g.k, g.c, g.c, 1, static_cast<const A*>(nullptr), panels.p);
     o.scale1 = first.scale.p, o.shift1 = first.shift.p, o.pw = panels.p, o.pw_shift = bias2.p;
     const Buffer<double> moments2(own2 ? kChunks * 2 * o.kp : 0);
     in_chunks(pixels, o.tile, [&](int64_t chunk, int64_t begin, int64_t end) {
       const Buffer<A> scratch(o.tile * o.cp, false);
-      SEGFAST_CALL(train_pointwise<T, A>)(o, begin, end, scratch.p, own2 ? moments2.p + chunk * 2 * o.kp : nullptr);
+      DS_CONV_CALL(train_pointwise<T, A>)(o, begin, end, scratch.p, own2 ? moments2.p + chunk * 2 * o.kp : nullptr);
     });
     if (own2) combine(moments2, pixels, o.tile, g.k, o.kp, mean2, var2);
 
     const Fold<A> second(vector_tensor(mean2, x, ScalarType::Double), vector_tensor(var2, x, ScalarType::Double), pw_gamma,
                          pw_beta, pw_eps, g.k);
     o.scale2 = second.scale.p, o.shift2 = second.shift.p;
-    parallel_for(0, pixels, 256, [&](int64_t begin, int64_t end) { SEGFAST_CALL(train_output<T, A>)(o, begin, end); });
+    parallel_for(0, pixels, 256, [&](int64_t begin, int64_t end) { DS_CONV_CALL(train_output<T, A>)(o, begin, end); });
   });
   return {channels_last ? y : torch::stable::contiguous(y),
           u,
@@ -881,6 +909,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
     o.tile = tile_pixels((2 * o.cp + o.kp) * sizeof(A));
     o.x = data<T>(x), o.u = data<T>(u), o.z = data<T>(z), o.grad_y = data<T>(gy), o.grad_u = data<T>(grad_u);
     o.grad_x = need_input ? data<T>(grad_x) : nullptr;
+    const Buffer<A> zeros(o.cp);
+    o.zeros = zeros.p;
     const int64_t pixels = g.pixels(), taps = g.kh * g.kw;
     const double count = static_cast<double>(pixels);
     const Fold<A> first(dw_mean, dw_var, dw_gamma, dw_beta, dw_eps, g.c), second(pw_mean, pw_var, pw_gamma, pw_beta, pw_eps, g.k);
@@ -889,14 +919,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
 
     const Buffer<double> sums2(kChunks * 2 * o.kp);
     in_chunks(pixels, 64, [&](int64_t chunk, int64_t begin, int64_t end) {
-      SEGFAST_CALL(backward_sums<T, A>)(o, begin, end, sums2.p + chunk * 2 * o.kp);
+      DS_CONV_CALL(backward_sums<T, A>)(o, begin, end, sums2.p + chunk * 2 * o.kp);
     });
     const NormGradients<A> norm2(sums2, second, g.k, o.kp, count, pw_batch);
     o.center2 = norm2.center.p, o.slope2 = norm2.slope.p;
 
     const Tensor w = torch::stable::contiguous(pw_weight);
     const Buffer<A> panels(o.cp * g.k, false), partial_pw(kChunks * g.k * o.cp, false);
-    SEGFAST_CALL(pack<T, A>)(data<T>(w), g.c, g.k, 1, g.c, static_cast<const A*>(nullptr), panels.p);
+    DS_CONV_CALL(pack<T, A>)(data<T>(w), g.c, g.k, 1, g.c, static_cast<const A*>(nullptr), panels.p);
     o.pw_back = panels.p;
     const Buffer<double> sums1(kChunks * 2 * o.cp);
     int64_t used_pw = 0;
@@ -908,7 +938,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
       const Buffer<A> scratch(o.tile * (2 * o.cp + o.kp));
       A* partial = partial_pw.p + chunk * g.k * o.cp;
       std::fill(partial, partial + g.k * o.cp, A(0));
-      SEGFAST_CALL(backward_pointwise<T, A>)(o, begin, end, scratch.p, partial, sums1.p + chunk * 2 * o.cp);
+      DS_CONV_CALL(backward_pointwise<T, A>)(o, begin, end, scratch.p, partial, sums1.p + chunk * 2 * o.cp);
     });
     parallel_for(0, g.k, 8, [&](int64_t begin, int64_t end) {
       for (int64_t k = begin; k < end; ++k) {
@@ -924,7 +954,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
 
     const Buffer<A> partial_dw(kChunks * taps * o.cp);
     in_chunks(pixels, g.ow, [&](int64_t chunk, int64_t begin, int64_t end) {
-      SEGFAST_CALL(backward_depthwise_weight<T, A>)(o, begin, end, partial_dw.p + chunk * taps * o.cp);
+      DS_CONV_CALL(backward_depthwise_weight<T, A>)(o, begin, end, partial_dw.p + chunk * taps * o.cp);
     });
     for (int64_t c = 0; c < g.c; ++c) {
       for (int64_t tap = 0; tap < taps; ++tap) {
@@ -936,7 +966,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
     if (need_input) {
       const Buffer<A> dw = depthwise_weight<A>(dw_weight, g, nullptr), flipped = depthwise_weight<A>(dw_weight, g, nullptr, true);
       o.dw = dw.p, o.dw_flipped = flipped.p;
-      parallel_for(0, g.n * g.h, 1, [&](int64_t begin, int64_t end) { SEGFAST_CALL(backward_input<T, A>)(o, begin, end); });
+      parallel_for(0, g.n * g.h, 1, [&](int64_t begin, int64_t end) { DS_CONV_CALL(backward_input<T, A>)(o, begin, end); });
     }
     dw_g[0] = norm1.bias, dw_g[1] = norm1.gamma, dw_g[2] = norm1.beta;
     pw_g[0] = norm2.bias, pw_g[1] = norm2.gamma, pw_g[2] = norm2.beta;

@@ -109,6 +109,11 @@ template <class T>
 SEGFAST_INLINE Vec<compute<T>> load_n(const T* p, int n, compute<T> fill = 0) {
   using A = compute<T>;
   if (n >= lanes<A>) return load(p);
+#if SEGFAST_BYTES == 64
+  if constexpr (sizeof(T) == sizeof(A) && sizeof(A) == 4) {
+    return (Vec<A>)_mm512_mask_loadu_ps((__m512)splat<A>(fill), static_cast<__mmask16>((1u << n) - 1), p);
+  }
+#endif
   Vec<A> v = splat<A>(fill);
   for (int i = 0; i < n; ++i) lane<A>(v, i) = widen(p[i]);
   return v;
@@ -117,6 +122,11 @@ template <class T>
 SEGFAST_INLINE void store_n(T* p, Vec<compute<T>> v, int n) {
   using A = compute<T>;
   if (n >= lanes<A>) return store(p, v);
+#if SEGFAST_BYTES == 64
+  if constexpr (sizeof(T) == sizeof(A) && sizeof(A) == 4) {
+    return _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << n) - 1), (__m512)v);
+  }
+#endif
   for (int i = 0; i < n; ++i) p[i] = narrow_to<T>(lane<A>(v, i));
 }
 
