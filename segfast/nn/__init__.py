@@ -1,6 +1,7 @@
 """Layers over the ops."""
 
 from segfast.nn.channel_shuffle import ChannelShuffle, ConcatShuffle
+from segfast.nn.convert import convert, unconvert
 from segfast.nn.ds_conv import DSConv
 
-__all__ = ["ChannelShuffle", "ConcatShuffle", "DSConv"]
+__all__ = ["ChannelShuffle", "ConcatShuffle", "DSConv", "convert", "unconvert"]

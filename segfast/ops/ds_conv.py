@@ -273,7 +273,7 @@ def ds_conv(
     )
     count = y.shape[0] * y.shape[2] * y.shape[3]
     for bn, use_batch, train, mean, var in zip((dw_bn, pw_bn), batch, training, statistics[::2], statistics[1::2]):
-        if use_batch and train and bn.running_mean is not None:
+        if use_batch and train and bn.running_mean is not None and count:  # of no values: left alone, as F.batch_norm does
             with torch.no_grad():
                 bn.running_mean.lerp_(mean.to(bn.running_mean.dtype), bn.momentum)
                 bn.running_var.lerp_((var * (count / (count - 1))).to(bn.running_var.dtype), bn.momentum)
