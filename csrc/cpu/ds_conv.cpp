@@ -46,6 +46,12 @@ struct DsConv {
 #ifdef SEGFAST_KERNELS
 namespace segfast::SEGFAST_ISA {
 
+template <int N>
+struct Int {
+  static constexpr int value = N;
+  constexpr operator int64_t() const { return N; }
+};
+
 template <class A>
 constexpr int kVectors = 2;  // vectors a panel
 template <class A>
@@ -360,25 +366,40 @@ void ds_conv_tiles(const DsConv<T, A>& o, int64_t begin, int64_t end, A* buffer)
   return ds_conv_tiles_of<T, A, false, false>(o, begin, end, buffer);
 }
 
-// Adds a tile [pixels][channels] of T to running moments [3][padded] in double: count-weighted mean and sum of squares about
-// it. Shifted by the tile's first pixel, so that nothing cancels.
+// f(p, p % P) for p < count; the remainder is known at compile time, so that f may choose a register by it.
+template <int P, class F>
+SEGFAST_INLINE void each_of(int64_t count, F f) {
+  int64_t p = 0;
+  for (; p + P <= count; p += P) {
+#pragma GCC unroll 8
+    for (int i = 0; i < P; ++i) f(p + i, i);
+  }
+  for (; p < count; ++p) f(p, 0);
+}
+
+// Adds a tile [pixels][channels] of T to running moments in double: count-weighted mean and sum of squares about it. Two passes
+// over the tile, which is in cache: about its own mean nothing cancels, and four sums each keep the rounding down.
 template <class T, class A>
-void add_moments(const T* x, int64_t pixels, int64_t channels, int64_t padded, double before, double* mean, double* square) {
-  constexpr int L = lanes<A>;
+void add_moments(const T* x, int64_t pixels, int64_t channels, double before, double* mean, double* square) {
+  constexpr int L = lanes<A>, P = 4;
+  const double n = static_cast<double>(pixels), inverse = 1 / n, weight = n / (before + n);
   for (int64_t c0 = 0; c0 < channels; c0 += L) {
     const int left = static_cast<int>(channels - c0 < L ? channels - c0 : L);
     const Vec<A> shift = load_n(x + c0, left);
-    Vec<A> sum{}, squares{};
-    for (int64_t p = 1; p < pixels; ++p) {
-      const Vec<A> d = load_n(x + p * channels + c0, left) - shift;
-      sum += d;
-      squares += d * d;
-    }
+    Vec<A> first[P] = {}, sum[P] = {}, squares[P] = {};
+    const T* from = x + c0;
+    each_of<P>(pixels, [&](int64_t p, int i) { first[i] += load_n(from + p * channels, left) - shift; });
+    const Vec<A> center = shift + (first[0] + first[1] + (first[2] + first[3])) * static_cast<A>(inverse);
+    each_of<P>(pixels, [&](int64_t p, int i) {
+      const Vec<A> d = load_n(from + p * channels, left) - center;
+      sum[i] += d;
+      squares[i] += d * d;
+    });
+    Vec<A> sums = sum[0] + sum[1] + (sum[2] + sum[3]), all = squares[0] + squares[1] + (squares[2] + squares[3]), at = center;
     for (int i = 0; i < left; ++i) {
-      const double n = static_cast<double>(pixels), m = lane<A>(sum, i) / n, at = lane<A>(const_cast<Vec<A>&>(shift), i) + m;
-      const double own = lane<A>(squares, i) - m * m * n, delta = at - mean[c0 + i];
-      square[c0 + i] += own + delta * delta * before * n / (before + n);
-      mean[c0 + i] += delta * n / (before + n);
+      const double m = lane<A>(sums, i) * inverse, delta = lane<A>(at, i) + m - mean[c0 + i];
+      square[c0 + i] += lane<A>(all, i) - m * m * n + delta * delta * before * weight;
+      mean[c0 + i] += delta * weight;
     }
   }
 }
@@ -391,10 +412,27 @@ void train_depthwise(const DsConv<T, A>& o, int64_t begin, int64_t end, double* 
     T* u = o.u_out + (begin + offset) * o.g.c;
     depthwise_row(o.g, o.x, o.dw, o.cp, n, oy, ox0, ox1, 0, Put<T, A>{u, o.g.c, o.g.c, o.dw_shift, kIdentity});
     if (moments) {
-      add_moments<T, A>(u, ox1 - ox0, o.g.c, o.cp, count, moments, moments + o.cp);
+      add_moments<T, A>(u, ox1 - ox0, o.g.c, count, moments, moments + o.cp);
       count += static_cast<double>(ox1 - ox0);
     }
   });
+}
+
+// f(act): ReLU as a constant, which leaves no branch in the loop; the others as they come.
+template <class F>
+SEGFAST_INLINE void with_act(int64_t act, F f) {
+  if (act == kRelu) return f(Int<kRelu>{});
+  f(act);
+}
+
+// f(Int<vectors>, c0, left) over the channels: groups of vectors, whose loads make runs that the hardware prefetches and whose
+// sums make chains that hide each other's latency, then single vectors with `left` lanes.
+template <class A, class F>
+SEGFAST_INLINE void each_group(int64_t c, F f) {
+  constexpr int L = lanes<A>, G = SEGFAST_BYTES == 64 ? 4 : 2;
+  int64_t c0 = 0;
+  for (; c0 + G * L <= c; c0 += G * L) f(Int<G>{}, c0, L);
+  for (; c0 < c; c0 += L) f(Int<1>{}, c0, static_cast<int>(c - c0 < L ? c - c0 : L));
 }
 
 // v[p][c] = act(scale * u + shift) of one tile
@@ -402,12 +440,17 @@ template <class T, class A>
 SEGFAST_INLINE void normalise_tile(const T* u, int64_t pixels, int64_t c, int64_t cp, const A* scale, const A* shift, int64_t act,
                                    A* v) {
   constexpr int L = lanes<A>;
-  for (int64_t p = 0; p < pixels; ++p) {
-    for (int64_t c0 = 0; c0 < c; c0 += L) {
-      const int left = static_cast<int>(c - c0 < L ? c - c0 : L);
-      store(v + p * cp + c0, activate<A>(load_n(u + p * c + c0, left) * load(scale + c0) + load(shift + c0), act));
+  with_act(act, [&](auto act) {
+    for (int64_t p = 0; p < pixels; ++p) {
+      int64_t c0 = 0;
+      for (; c0 + L <= c; c0 += L)
+        store(v + p * cp + c0, activate<A>(load(u + p * c + c0) * load(scale + c0) + load(shift + c0), act));
+      if (c0 < c) {
+        const Vec<A> at = load_n(u + p * c + c0, static_cast<int>(c - c0));
+        store(v + p * cp + c0, activate<A>(at * load(scale + c0) + load(shift + c0), act));
+      }
     }
-  }
+  });
 }
 
 // z = pointwise(act(bn(u))) + bias and its moments.
@@ -420,7 +463,7 @@ void train_pointwise(const DsConv<T, A>& o, int64_t begin, int64_t end, A* buffe
     T* z = o.z_out + t0 * o.g.k;
     product<A>(t1 - t0, o.g.c, buffer, o.cp, o.pw, o.kp, Put<T, A>{z, o.g.k, o.g.k, o.pw_shift, kIdentity});
     if (moments) {
-      add_moments<T, A>(z, t1 - t0, o.g.k, o.kp, count, moments, moments + o.kp);
+      add_moments<T, A>(z, t1 - t0, o.g.k, count, moments, moments + o.kp);
       count += static_cast<double>(t1 - t0);
     }
   }
@@ -429,38 +472,59 @@ void train_pointwise(const DsConv<T, A>& o, int64_t begin, int64_t end, A* buffe
 template <class T, class A>
 void train_output(const DsConv<T, A>& o, int64_t begin, int64_t end) {
   constexpr int L = lanes<A>;
-  for (int64_t p = begin; p < end; ++p) {
-    for (int64_t c0 = 0; c0 < o.g.k; c0 += L) {
-      const int left = static_cast<int>(o.g.k - c0 < L ? o.g.k - c0 : L);
-      const int64_t at = p * o.g.k + c0;
-      store_n(o.y + at, activate<A>(load_n(o.z + at, left) * load(o.scale2 + c0) + load(o.shift2 + c0), o.act2), left);
+  const int64_t k = o.g.k;
+  with_act(o.act2, [&](auto act) {
+    for (int64_t p = begin; p < end; ++p) {
+      int64_t c0 = 0;
+      for (; c0 + L <= k; c0 += L) {
+        store(o.y + p * k + c0, activate<A>(load(o.z + p * k + c0) * load(o.scale2 + c0) + load(o.shift2 + c0), act));
+      }
+      if (c0 < k) {
+        const int left = static_cast<int>(k - c0);
+        const Vec<A> v = load_n(o.z + p * k + c0, left) * load(o.scale2 + c0) + load(o.shift2 + c0);
+        store_n(o.y + p * k + c0, activate<A>(v, act), left);
+      }
     }
-  }
+  });
 }
 
-// Adds, per channel, sum g and sum g * (x - mean) where g = grad * act'(scale * x + shift).
-template <class T, class A>
-void backward_sums(const DsConv<T, A>& o, int64_t begin, int64_t end, double* sums) {
+// Adds, per channel, sum g and sum g * (x - mean) over the pixels, for g = g_of(p, channel, x, left); x: [pixels][c].
+template <class T, class A, class G>
+SEGFAST_INLINE void add_sums(const T* x, int64_t pixels, int64_t c, const A* mean, double* sums, int64_t stride, G g_of) {
   constexpr int L = lanes<A>;
-  const int64_t k = o.g.k;
-  for (int64_t t0 = begin; t0 < end; t0 += 64) {
-    const int64_t t1 = t0 + 64 < end ? t0 + 64 : end;
-    for (int64_t c0 = 0; c0 < k; c0 += L) {
-      const int left = static_cast<int>(k - c0 < L ? k - c0 : L);
-      const Vec<A> scale = load(o.scale2 + c0), shift = load(o.shift2 + c0), mean = load(o.mean2 + c0);
-      Vec<A> sum{}, product{};
-      for (int64_t p = t0; p < t1; ++p) {
-        const Vec<A> z = load_n(o.z + p * k + c0, left);
-        const Vec<A> g = activate_grad<A>(z * scale + shift, load_n(o.grad_y + p * k + c0, left), o.act2);
-        sum += g;
-        product += g * (z - mean);
-      }
-      for (int i = 0; i < left; ++i) {
-        sums[c0 + i] += lane<A>(sum, i);
-        sums[o.kp + c0 + i] += lane<A>(product, i);
+  each_group<A>(c, [&](auto group, int64_t c0, int left) {
+    constexpr int N = decltype(group)::value;
+    Vec<A> sum[N] = {}, product[N] = {};
+    for (int64_t p = 0; p < pixels; ++p) {
+#pragma GCC unroll 4
+      for (int j = 0; j < N; ++j) {
+        const Vec<A> at = load_n(x + p * c + c0 + j * L, left), g = g_of(p, c0 + j * L, at, left);
+        sum[j] += g;
+        product[j] += g * (at - load(mean + c0 + j * L));
       }
     }
-  }
+    for (int j = 0; j < N; ++j) {
+      for (int i = 0; i < left; ++i) {
+        sums[c0 + j * L + i] += lane<A>(sum[j], i);
+        sums[stride + c0 + j * L + i] += lane<A>(product[j], i);
+      }
+    }
+  });
+}
+
+// The sums of the second BatchNorm's backward: g = grad * act'(scale * z + shift).
+template <class T, class A>
+void backward_sums(const DsConv<T, A>& o, int64_t begin, int64_t end, double* sums) {
+  const int64_t k = o.g.k;
+  with_act(o.act2, [&](auto act) {
+    for (int64_t t0 = begin; t0 < end; t0 += 64) {
+      const T* grad = o.grad_y + t0 * k;
+      add_sums<T, A>(
+          o.z + t0 * k, t0 + 64 < end ? 64 : end - t0, k, o.mean2, sums, o.kp, [&](int64_t p, int64_t c0, Vec<A> z, int left) {
+            return activate_grad<A>(z * load(o.scale2 + c0) + load(o.shift2 + c0), load_n(grad + p * k + c0, left), act);
+          });
+    }
+  });
 }
 
 // Per tile: grad_z, then the gradients of the pointwise weight and of v, then g1 = grad_v * act'(bn(u)) and its sums.
@@ -474,31 +538,65 @@ void backward_pointwise(const DsConv<T, A>& o, int64_t begin, int64_t end, A* bu
   for (int64_t t0 = begin; t0 < end; t0 += o.tile) {
     const int64_t t1 = t0 + o.tile < end ? t0 + o.tile : end, pixels = t1 - t0;
     normalise_tile(o.u + t0 * c, pixels, c, o.cp, o.scale1, o.shift1, o.act1, v);
-    for (int64_t p = 0; p < pixels; ++p) {
-      for (int64_t c0 = 0; c0 < k; c0 += L) {
-        const int left = static_cast<int>(k - c0 < L ? k - c0 : L);
-        const Vec<A> z = load_n(o.z + (t0 + p) * k + c0, left), scale = load(o.scale2 + c0);
-        const Vec<A> g = activate_grad<A>(z * scale + load(o.shift2 + c0), load_n(o.grad_y + (t0 + p) * k + c0, left), o.act2);
-        store(gz + p * o.kp + c0, scale * (g - load(o.center2 + c0) - load(o.slope2 + c0) * (z - load(o.mean2 + c0))));
+    with_act(o.act2, [&](auto act) {
+      for (int64_t p = 0; p < pixels; ++p) {
+        for (int64_t c0 = 0; c0 < k; c0 += L) {
+          const int left = static_cast<int>(k - c0 < L ? k - c0 : L);
+          const Vec<A> z = load_n(o.z + (t0 + p) * k + c0, left), scale = load(o.scale2 + c0);
+          const Vec<A> g = activate_grad<A>(z * scale + load(o.shift2 + c0), load_n(o.grad_y + (t0 + p) * k + c0, left), act);
+          store(gz + p * o.kp + c0, scale * (g - load(o.center2 + c0) - load(o.slope2 + c0) * (z - load(o.mean2 + c0))));
+        }
       }
-    }
+    });
     product_transposed<A>(pixels, gz, o.kp, k, v, o.cp, Add<A>{grad_pw, o.cp, o.cp});
     product<A>(pixels, k, gz, o.kp, o.pw_back, o.cp, Put<A, A>{gv, o.cp, o.cp, o.zeros, kIdentity});
-    for (int64_t c0 = 0; c0 < c; c0 += L) {
-      const int left = static_cast<int>(c - c0 < L ? c - c0 : L);
-      const Vec<A> scale = load(o.scale1 + c0), shift = load(o.shift1 + c0), mean = load(o.mean1 + c0);
-      Vec<A> sum{}, product{};
-      for (int64_t p = 0; p < pixels; ++p) {
-        const Vec<A> u = load_n(o.u + (t0 + p) * c + c0, left);
-        const Vec<A> g = activate_grad<A>(u * scale + shift, load(gv + p * o.cp + c0), o.act1);
-        store_n(o.grad_u + (t0 + p) * c + c0, g, left);
-        sum += g;
-        product += g * (u - mean);
-      }
-      for (int i = 0; i < left; ++i) {
-        sums[c0 + i] += lane<A>(sum, i);
-        sums[o.cp + c0 + i] += lane<A>(product, i);
-      }
+    with_act(o.act1, [&](auto act) {
+      T* grad_u = o.grad_u + t0 * c;
+      add_sums<T, A>(o.u + t0 * c, pixels, c, o.mean1, sums, o.cp, [&](int64_t p, int64_t c0, Vec<A> u, int left) {
+        const Vec<A> g = activate_grad<A>(u * load(o.scale1 + c0) + load(o.shift1 + c0), load(gv + p * o.cp + c0), act);
+        store_n(grad_u + p * c + c0, g, left);
+        return g;
+      });
+    });
+  }
+}
+
+// g1 -> grad_u of `count` pixels in place, and its products with a 3 x 3 window that moves S columns a pixel: the nine sums are
+// added to grad_dw where `valid`. All columns lie inside; `rows` start at the first pixel's.
+template <int S, class T, class A>
+__attribute__((noinline)) void weight_run(const T* const* rows, const bool* valid, const T* u, T* gu, int64_t count, int64_t c,
+                                          const A* scale, const A* mean, const A* center, const A* slope, A* grad_dw,
+                                          int64_t cp) {
+  const Vec<A> a = load(scale), m = load(mean), b = load(center), s = load(slope);
+  Vec<A> acc[3][3] = {}, window[3][3];
+  const T *row0 = rows[0], *row1 = rows[1], *row2 = rows[2];
+#pragma GCC unroll 3
+  for (int kx = 0; kx < 3 - S; ++kx) {
+    window[0][kx] = load(row0 + kx * c), window[1][kx] = load(row1 + kx * c), window[2][kx] = load(row2 + kx * c);
+  }
+  row0 += (3 - S) * c, row1 += (3 - S) * c, row2 += (3 - S) * c;
+  for (int64_t p = 0; p < count; ++p) {
+    prefetch(gu + 8 * c), prefetch(u + 8 * c), prefetch(row2 + 8 * S * c);
+    const Vec<A> v = a * (load(gu) - b - s * (load(u) - m));
+    store(gu, v);
+#pragma GCC unroll 3
+    for (int kx = 3 - S; kx < 3; ++kx) {
+      window[0][kx] = load(row0), window[1][kx] = load(row1), window[2][kx] = load(row2);
+      row0 += c, row1 += c, row2 += c;
+    }
+#pragma GCC unroll 3
+    for (int ky = 0; ky < 3; ++ky) {
+#pragma GCC unroll 3
+      for (int kx = 0; kx < 3; ++kx) acc[ky][kx] += v * window[ky][kx];
+#pragma GCC unroll 3
+      for (int kx = 0; kx < 3 - S; ++kx) window[ky][kx] = window[ky][kx + S];
+    }
+    gu += c, u += c;
+  }
+  for (int ky = 0; ky < 3; ++ky) {
+    for (int kx = 0; kx < 3 && valid[ky]; ++kx) {
+      A* out = grad_dw + (ky * 3 + kx) * cp;
+      store(out, load(out) + acc[ky][kx]);
     }
   }
 }
@@ -508,59 +606,84 @@ template <class T, class A>
 void backward_depthwise_weight(const DsConv<T, A>& o, int64_t begin, int64_t end, A* grad_dw) {
   constexpr int L = lanes<A>;
   const Geometry& g = o.g;
+  const bool fast = g.kh == 3 && g.kw == 3 && g.dh == 1 && g.dw == 1 && g.sh == g.sw && (g.sw == 1 || g.sw == 2) && g.w >= 3;
   each_row(g, begin, end, [&](int64_t n, int64_t oy, int64_t ox0, int64_t ox1, int64_t offset) {
     T* gu = o.grad_u + (begin + offset) * g.c;
     const T* u = o.u + (begin + offset) * g.c;
     const T* image = o.x + n * g.h * g.w * g.c;
+    const int64_t iy = oy * g.sh - g.ph;
+    int64_t first = ox1, last = ox1;  // the pixels whose taps all lie inside, horizontally
+    if (fast) {
+      first = (g.pw + g.sw - 1) / g.sw;
+      last = g.w - g.kw + g.pw < 0 ? 0 : (g.w - g.kw + g.pw) / g.sw + 1;
+      first = first < ox0 ? ox0 : (first > ox1 ? ox1 : first);
+      last = last < first ? first : (last > ox1 ? ox1 : last);
+    }
     for (int64_t c0 = 0; c0 < g.c; c0 += L) {
       const int left = static_cast<int>(g.c - c0 < L ? g.c - c0 : L);
-      const Vec<A> scale = load(o.scale1 + c0), mean = load(o.mean1 + c0), center = load(o.center1 + c0),
-                   slope = load(o.slope1 + c0);
-      for (int64_t p = 0; p < ox1 - ox0; ++p) {
-        const Vec<A> v = load_n(gu + p * g.c + c0, left), at = load_n(u + p * g.c + c0, left);
-        store_n(gu + p * g.c + c0, scale * (v - center - slope * (at - mean)), left);
-      }
-      for (int64_t ky = 0; ky < g.kh; ++ky) {
-        const int64_t y = oy * g.sh - g.ph + ky * g.dh;
-        if (y < 0 || y >= g.h) continue;
-        const T* row = image + y * g.w * g.c + c0;
-        const auto tap = [&](int64_t kx, int64_t p0, int64_t p1) {
-          Vec<A> acc{};
-          for (int64_t p = p0; p < p1; ++p) {
-            acc += load_n(gu + p * g.c + c0, left) * load_n(row + ((ox0 + p) * g.sw - g.pw + kx * g.dw) * g.c, left);
+      const auto pixel = [&](int64_t ox) {
+        T* at = gu + (ox - ox0) * g.c + c0;
+        const Vec<A> d = load_n(u + (ox - ox0) * g.c + c0, left) - load(o.mean1 + c0);
+        const Vec<A> v = load(o.scale1 + c0) * (load_n(at, left) - load(o.center1 + c0) - load(o.slope1 + c0) * d);
+        store_n(at, v, left);
+        for (int64_t ky = 0; ky < g.kh; ++ky) {
+          const int64_t y = iy + ky * g.dh;
+          for (int64_t kx = 0; kx < g.kw && y >= 0 && y < g.h; ++kx) {
+            const int64_t xx = ox * g.sw - g.pw + kx * g.dw;
+            if (xx < 0 || xx >= g.w) continue;
+            A* out = grad_dw + (ky * g.kw + kx) * o.cp + c0;
+            store(out, load(out) + v * load_n(image + (y * g.w + xx) * g.c + c0, left));
           }
-          A* out = grad_dw + (ky * g.kw + kx) * o.cp + c0;
-          store(out, load(out) + acc);
-        };
-        int64_t lo[64], hi[64], inner0 = 0, inner1 = ox1 - ox0;
-        for (int64_t kx = 0; kx < g.kw; ++kx) {
-          int64_t p0 = 0, p1 = ox1 - ox0;
-          while (p0 < p1 && (ox0 + p0) * g.sw - g.pw + kx * g.dw < 0) ++p0;
-          while (p1 > p0 && (ox0 + p1 - 1) * g.sw - g.pw + kx * g.dw >= g.w) --p1;
-          lo[kx] = p0, hi[kx] = p1;
-          inner0 = p0 > inner0 ? p0 : inner0;
-          inner1 = p1 < inner1 ? p1 : inner1;
         }
-        if (g.kw == 3 && left == L && inner1 > inner0) {  // three taps share each gradient
-          Vec<A> acc[3] = {};
-          for (int64_t p = inner0; p < inner1; ++p) {
-            const Vec<A> v = load(gu + p * g.c + c0);
-            const T* from = row + ((ox0 + p) * g.sw - g.pw) * g.c;
-#pragma GCC unroll 3
-            for (int kx = 0; kx < 3; ++kx) acc[kx] += v * load(from + kx * g.dw * g.c);
-          }
-          for (int kx = 0; kx < 3; ++kx) {
-            A* out = grad_dw + (ky * 3 + kx) * o.cp + c0;
-            store(out, load(out) + acc[kx]);
-            tap(kx, lo[kx], inner0 < lo[kx] ? lo[kx] : inner0);
-            tap(kx, inner1 > hi[kx] ? hi[kx] : inner1, hi[kx]);
-          }
-        } else {
-          for (int64_t kx = 0; kx < g.kw; ++kx) tap(kx, lo[kx], hi[kx]);
-        }
+      };
+      const bool run = left == L && last > first;
+      for (int64_t ox = ox0; ox < (run ? first : ox1); ++ox) pixel(ox);
+      if (!run) continue;
+      const T* rows[3];
+      bool valid[3];
+      for (int ky = 0; ky < 3; ++ky) {  // a row outside reads another one, for nothing
+        valid[ky] = iy + ky >= 0 && iy + ky < g.h;
+        rows[ky] = image + ((valid[ky] ? iy + ky : 0) * g.w + first * g.sw - g.pw) * g.c + c0;
       }
+      const int64_t at = (first - ox0) * g.c + c0;
+      const auto weights = g.sw == 1 ? &weight_run<1, T, A> : &weight_run<2, T, A>;
+      weights(rows, valid, u + at, gu + at, last - first, g.c, o.scale1 + c0, o.mean1 + c0, o.center1 + c0, o.slope1 + c0,
+              grad_dw + c0, o.cp);
+      for (int64_t ox = last; ox < ox1; ++ox) pixel(ox);
     }
   });
+}
+
+// The input gradient of a 3 x 3 kernel with stride 2 and padding 1: N pairs of pixels (2j, 2j + 1) of one row, from the gradient
+// at j and j + 1 of one or two rows.
+template <int N, class T, class A, class P>
+__attribute__((noinline)) void input_pairs(int number, const T* const* rows, const A* const* weights, int64_t cp, int64_t c,
+                                           int64_t pixel, const P put) {
+  constexpr int L = lanes<A>;
+  for (int64_t c0 = 0; c0 < c; c0 += L) {
+    const int left = static_cast<int>(c - c0 < L ? c - c0 : L);
+    Vec<A> even[N] = {}, odd[N] = {};
+    for (int r = 0; r < number; ++r) {
+      const T* from = rows[r] + c0;
+      const A* w = weights[r] + c0;
+      const Vec<A> w0 = load(w), w1 = load(w + cp), w2 = load(w + 2 * cp);
+      Vec<A> g = load_n(from, left);
+#pragma GCC unroll 8
+      for (int j = 0; j < N; ++j) {
+        prefetch(from + (N + j + 1) * c);
+        const Vec<A> next = load_n(from + (j + 1) * c, left);
+        even[j] += g * w1;
+        odd[j] += g * w2 + next * w0;
+        g = next;
+      }
+    }
+    if (left == L) {
+#pragma GCC unroll 8
+      for (int j = 0; j < N; ++j) put(pixel + 2 * j, c0, even[j]), put(pixel + 2 * j + 1, c0, odd[j]);
+    } else {
+      for (int j = 0; j < N; ++j) put.part(pixel + 2 * j, c0, even[j]), put.part(pixel + 2 * j + 1, c0, odd[j]);
+    }
+  }
 }
 
 // grad_x: rows [begin, end) of N * H; gathered, so no two threads write one pixel.
@@ -581,7 +704,29 @@ void backward_input(const DsConv<T, A>& o, int64_t begin, int64_t end) {
   }
   for (int64_t r = begin; r < end; ++r) {
     const int64_t n = r / g.h, y = r % g.h;
-    for (int64_t xx = 0; xx < g.w; ++xx) {
+    int64_t done = 0;
+    if (g.kh == 3 && g.kw == 3 && g.sh == 2 && g.sw == 2 && g.ph == 1 && g.pw == 1 && g.dh == 1 && g.dw == 1) {
+      const T* rows[2];
+      const A* weights[2];
+      int number = 0;
+      for (int64_t ky = (y + 1) % 2; ky < 3; ky += 2) {
+        const int64_t oy = (y + 1 - ky) / 2;
+        if (oy >= g.oh) continue;
+        rows[number] = o.grad_u + (n * g.oh + oy) * g.ow * g.c;
+        weights[number++] = o.dw + ky * 3 * o.cp;
+      }
+      const int64_t pairs = g.w / 2 < g.ow - 1 ? g.w / 2 : g.ow - 1;
+      const auto run = [&](auto size) {
+        constexpr int N = decltype(size)::value;
+        for (; done + 2 * N <= 2 * pairs; done += 2 * N) {
+          input_pairs<N>(number, rows, weights, o.cp, g.c, r * g.w + done, put);
+          for (int i = 0; i < number; ++i) rows[i] += N * g.c;
+        }
+      };
+      run(Int<4>{});
+      run(Int<1>{});
+    }
+    for (int64_t xx = done; xx < g.w; ++xx) {
       const T* from[64];
       const A* weight[64];
       int taps = 0;
