@@ -89,7 +89,7 @@ def main() -> None:
         current = Path(scratch) / "descriptor.json"
         status = subprocess.run([sys.executable, *sys.argv, "--inside", str(current)], check=False).returncode
         if status and current.exists():
-            print(f"exit status {status} in this descriptor; again:\n  python tests/fuzz.py --replay '{current.read_text()}'")
+            print(f"exit status {status} in this descriptor; again:\n  bash tests/sanitize.sh --replay '{current.read_text()}'")
         sys.exit(1 if status else 0)
 
 
