@@ -68,20 +68,19 @@ def _(student, *args, out_shape=None, **kwargs) -> int:
 
 class PixelwiseKL(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, student, teacher, valid, temperature, reduction):
+    def forward(ctx, student, teacher, valid, temperature, reduction, witness):
         loss, saved, scale = torch.ops.segfast.pixelwise_kl.default(
             student, teacher, valid, temperature, REDUCTIONS.index(reduction), True
         )
-        ctx.save_for_backward(saved, scale)
+        ctx.save_for_backward(saved, scale, witness)
         return loss
 
     @staticmethod
     def backward(ctx, grad):
-        saved, scale = ctx.saved_tensors
-        return _backend.once("pixelwise_kl", scale_gradient, saved, scale, grad), None, None, None, None
+        return _backend.once("pixelwise_kl", scale_gradient, *ctx.saved_tensors, grad), None, None, None, None, None
 
 
-def scale_gradient(saved: Tensor, scale: Tensor, grad: Tensor) -> Tensor:
+def scale_gradient(saved: Tensor, scale: Tensor, witness: Tensor, grad: Tensor) -> Tensor:
     factor = grad.unsqueeze(1) if grad.dim() else grad
     if saved.dtype == torch.float16:
         factor = factor * scale
@@ -143,7 +142,10 @@ def pixelwise_kl(
     if student.dtype != teacher.dtype and torch.float64 in (student.dtype, teacher.dtype):
         student, teacher = student.double(), teacher.double()
     if differentiable:
-        return PixelwiseKL.apply(student, teacher, valid, float(temperature), reduction)
+        # An empty piece of the student in the backward's arguments: by it a second derivative knows that the gradient depends on
+        # the student, and is refused, without the student's memory being held until then.
+        witness = student[:0].clone()
+        return PixelwiseKL.apply(student, teacher, valid, float(temperature), reduction, witness)
     index = REDUCTIONS.index(reduction)
     return torch.ops.segfast.pixelwise_kl.default(student.detach(), teacher.detach(), valid, float(temperature), index, False)[0]
 
