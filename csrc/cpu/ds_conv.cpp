@@ -772,7 +772,7 @@ using torch::headeronly::IntHeaderOnlyArrayRef;
   }()
 
 constexpr int64_t kPad = 16;     // every row is padded to whole vectors of the widest set
-constexpr int64_t kChunks = 32;  // reductions: fixed, so that the thread count cannot show
+constexpr int64_t kChunks = 32;  // of a reduction, at most
 
 int64_t padded(int64_t n) { return (n + kPad - 1) / kPad * kPad; }
 
@@ -844,22 +844,26 @@ Buffer<A> depthwise_weight(const Tensor& weight, const Geometry& g, const A* sca
 }
 
 // Pixels a tile: the buffers of one tile stay in L2, and most of them in L1.
-int64_t tile_pixels(int64_t bytes_a_pixel) { return std::clamp<int64_t>(49152 / bytes_a_pixel / 12 * 12, 12, 96); }
-
-// f(chunk, begin, end) over `work` items in kChunks fixed chunks, each a multiple of `step`.
-template <class F>
-void in_chunks(int64_t work, int64_t step, F f) {
-  const int64_t size = std::max<int64_t>(1, (work + kChunks * step - 1) / (kChunks * step)) * step;
-  parallel_for(0, kChunks, 1, [&](int64_t first, int64_t last) {
-    for (int64_t i = first; i < last; ++i) {
-      if (i * size < work) f(i, i * size, std::min(work, (i + 1) * size));
-    }
-  });
+int64_t tile_pixels(int64_t bytes_a_pixel, int64_t bytes = 49152, int64_t most = 96) {
+  return std::clamp<int64_t>(bytes / bytes_a_pixel / 12 * 12, 12, most);
 }
 
-template <class T, class A>
-struct Compute {
-  using type = A;
+// Reductions over `work` pixels go in chunks, each a multiple of `step`, at most kChunks of about 512 or more: their number does
+// not depend on the threads.
+struct Chunks {
+  int64_t work, size, number;
+  Chunks(int64_t pixels, int64_t step) : work(pixels) {
+    const int64_t most = std::clamp<int64_t>(pixels / 512, 1, kChunks);
+    size = std::max<int64_t>(1, (pixels + most * step - 1) / (most * step)) * step;
+    number = (pixels + size - 1) / size;
+  }
+  // f(chunk, begin, end)
+  template <class F>
+  void each(F f) const {
+    parallel_for(0, number, 1, [&](int64_t first, int64_t last) {
+      for (int64_t i = first; i < last; ++i) f(i, i * size, std::min(work, (i + 1) * size));
+    });
+  }
 };
 
 template <class F>
@@ -911,14 +915,13 @@ Tensor ds_conv_cpu(const Tensor& input, const Tensor& dw_weight, Optional dw_bia
   return channels_last ? y : torch::stable::contiguous(y);
 }
 
-// Moments of kChunks chunks, combined in order: mean and biased variance.
-void combine(const Buffer<double>& moments, int64_t work, int64_t step, int64_t c, int64_t cp, std::vector<double>& mean,
+// The chunks' moments combined in order: mean and biased variance.
+void combine(const Buffer<double>& moments, const Chunks& chunks, int64_t c, int64_t cp, std::vector<double>& mean,
              std::vector<double>& var) {
-  const int64_t size = std::max<int64_t>(1, (work + kChunks * step - 1) / (kChunks * step)) * step;
   mean.assign(c, 0), var.assign(c, 0);
   double before = 0;
-  for (int64_t chunk = 0; chunk * size < work; ++chunk) {
-    const double n = static_cast<double>(std::min(size, work - chunk * size));
+  for (int64_t chunk = 0; chunk < chunks.number; ++chunk) {
+    const double n = static_cast<double>(std::min(chunks.size, chunks.work - chunk * chunks.size));
     const double* own = moments.p + chunk * 2 * cp;
     for (int64_t i = 0; i < c; ++i) {
       const double delta = own[i] - mean[i];
@@ -973,23 +976,24 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ds_conv_train
     const auto b1 = read(dw_bias, g.c, 0), b2 = read(pw_bias, g.k, 0);
     std::copy(b1.begin(), b1.end(), bias1.p), std::copy(b2.begin(), b2.end(), bias2.p);
     o.dw = dw.p, o.dw_shift = bias1.p;
-    const Buffer<double> moments1(own1 ? kChunks * 2 * o.cp : 0);
-    in_chunks(pixels, g.ow, [&](int64_t chunk, int64_t begin, int64_t end) {
+    const Chunks by_rows(pixels, g.ow), by_blocks(pixels, 12);
+    const Buffer<double> moments1(own1 ? by_rows.number * 2 * o.cp : 0);
+    by_rows.each([&](int64_t chunk, int64_t begin, int64_t end) {
       DS_CONV_CALL(train_depthwise<T, A>)(o, begin, end, own1 ? moments1.p + chunk * 2 * o.cp : nullptr);
     });
-    if (own1) combine(moments1, pixels, g.ow, g.c, o.cp, mean1, var1);
+    if (own1) combine(moments1, by_rows, g.c, o.cp, mean1, var1);
 
     const Fold<A> first(vector_tensor(mean1, x, ScalarType::Double), vector_tensor(var1, x, ScalarType::Double), dw_gamma,
                         dw_beta, dw_eps, g.c);
     const Tensor w = torch::stable::contiguous(pw_weight);
     DS_CONV_CALL(pack<T, A>)(data<T>(w), g.k, g.c, g.c, 1, static_cast<const A*>(nullptr), panels.p);
     o.scale1 = first.scale.p, o.shift1 = first.shift.p, o.pw = panels.p, o.pw_shift = bias2.p;
-    const Buffer<double> moments2(own2 ? kChunks * 2 * o.kp : 0);
-    in_chunks(pixels, o.tile, [&](int64_t chunk, int64_t begin, int64_t end) {
+    const Buffer<double> moments2(own2 ? by_blocks.number * 2 * o.kp : 0);
+    by_blocks.each([&](int64_t chunk, int64_t begin, int64_t end) {
       const Buffer<A> scratch(o.tile * o.cp, false);
       DS_CONV_CALL(train_pointwise<T, A>)(o, begin, end, scratch.p, own2 ? moments2.p + chunk * 2 * o.kp : nullptr);
     });
-    if (own2) combine(moments2, pixels, o.tile, g.k, o.kp, mean2, var2);
+    if (own2) combine(moments2, by_blocks, g.k, o.kp, mean2, var2);
 
     const Fold<A> second(vector_tensor(mean2, x, ScalarType::Double), vector_tensor(var2, x, ScalarType::Double), pw_gamma,
                          pw_beta, pw_eps, g.k);
@@ -1005,16 +1009,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ds_conv_train
           vector_tensor(var2, x, statistics)};
 }
 
-// The sums of kChunks partials [chunk][2][cp], in order, as the BatchNorm backward wants them.
+// The sums of partials [chunk][2][cp], in order, as the BatchNorm backward wants them.
 template <class A>
 struct NormGradients {
   std::vector<double> beta, gamma, bias;
   Buffer<A> center, slope;
-  NormGradients(const Buffer<double>& sums, const Fold<A>& fold, int64_t c, int64_t cp, double count, bool batch_statistics)
+  NormGradients(const Buffer<double>& sums, int64_t chunks, const Fold<A>& fold, int64_t c, int64_t cp, double count,
+                bool batch_statistics)
       : beta(c), gamma(c), bias(c), center(cp), slope(cp) {
     for (int64_t i = 0; i < c; ++i) {
       double product = 0;
-      for (int64_t chunk = 0; chunk < kChunks; ++chunk) {
+      for (int64_t chunk = 0; chunk < chunks; ++chunk) {
         beta[i] += sums.p[chunk * 2 * cp + i];
         product += sums.p[chunk * 2 * cp + cp + i];
       }
@@ -1051,7 +1056,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
     using A = decltype(a);
     DsConv<T, A> o{};
     o.g = g, o.cp = padded(g.c), o.kp = padded(g.k), o.act1 = dw_act, o.act2 = act;
-    o.tile = tile_pixels((2 * o.cp + o.kp) * sizeof(A));
+    o.tile =
+        tile_pixels((2 * o.cp + o.kp) * sizeof(A), 196608, 192);  // deep, for the weight gradient: the sum over a tile's pixels
     o.x = data<T>(x), o.u = data<T>(u), o.z = data<T>(z), o.grad_y = data<T>(gy), o.grad_u = data<T>(grad_u);
     o.grad_x = need_input ? data<T>(grad_x) : nullptr;
     const Buffer<A> zeros(o.cp);
@@ -1062,49 +1068,47 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
     o.scale1 = first.scale.p, o.shift1 = first.shift.p, o.mean1 = first.mean.p;
     o.scale2 = second.scale.p, o.shift2 = second.shift.p, o.mean2 = second.mean.p;
 
-    const Buffer<double> sums2(kChunks * 2 * o.kp);
-    in_chunks(pixels, 64, [&](int64_t chunk, int64_t begin, int64_t end) {
+    const Chunks by_rows(pixels, g.ow), by_blocks(pixels, 12);
+    const Buffer<double> sums2(by_blocks.number * 2 * o.kp);
+    by_blocks.each([&](int64_t chunk, int64_t begin, int64_t end) {
       DS_CONV_CALL(backward_sums<T, A>)(o, begin, end, sums2.p + chunk * 2 * o.kp);
     });
-    const NormGradients<A> norm2(sums2, second, g.k, o.kp, count, pw_batch);
+    const NormGradients<A> norm2(sums2, by_blocks.number, second, g.k, o.kp, count, pw_batch);
     o.center2 = norm2.center.p, o.slope2 = norm2.slope.p;
 
     const Tensor w = torch::stable::contiguous(pw_weight);
-    const Buffer<A> panels(o.cp * g.k, false), partial_pw(kChunks * g.k * o.cp, false);
+    const Buffer<A> panels(o.cp * g.k, false), partial_pw(by_blocks.number * g.k * o.cp, false);
     DS_CONV_CALL(pack<T, A>)(data<T>(w), g.c, g.k, 1, g.c, static_cast<const A*>(nullptr), panels.p);
     o.pw_back = panels.p;
-    const Buffer<double> sums1(kChunks * 2 * o.cp);
-    int64_t used_pw = 0;
-    {
-      const int64_t size = std::max<int64_t>(1, (pixels + kChunks * o.tile - 1) / (kChunks * o.tile)) * o.tile;
-      used_pw = (pixels + size - 1) / size;
-    }
-    in_chunks(pixels, o.tile, [&](int64_t chunk, int64_t begin, int64_t end) {
-      const Buffer<A> scratch(o.tile * (2 * o.cp + o.kp));
+    const Buffer<double> sums1(by_blocks.number * 2 * o.cp);
+    by_blocks.each([&](int64_t chunk, int64_t begin, int64_t end) {
+      const Buffer<A> scratch(o.tile * (2 * o.cp + o.kp), false);
       A* partial = partial_pw.p + chunk * g.k * o.cp;
       std::fill(partial, partial + g.k * o.cp, A(0));
       DS_CONV_CALL(backward_pointwise<T, A>)(o, begin, end, scratch.p, partial, sums1.p + chunk * 2 * o.cp);
     });
     parallel_for(0, g.k, 8, [&](int64_t begin, int64_t end) {
+      std::vector<double> total(g.c);
       for (int64_t k = begin; k < end; ++k) {
-        for (int64_t c = 0; c < g.c; ++c) {
-          double total = 0;
-          for (int64_t chunk = 0; chunk < used_pw; ++chunk) total += partial_pw.p[(chunk * g.k + k) * o.cp + c];
-          data<T>(grad_pw)[k * g.c + c] = static_cast<T>(total);
+        std::fill(total.begin(), total.end(), 0.0);
+        for (int64_t chunk = 0; chunk < by_blocks.number; ++chunk) {
+          const A* from = partial_pw.p + (chunk * g.k + k) * o.cp;
+          for (int64_t c = 0; c < g.c; ++c) total[c] += from[c];
         }
+        for (int64_t c = 0; c < g.c; ++c) data<T>(grad_pw)[k * g.c + c] = static_cast<T>(total[c]);
       }
     });
-    const NormGradients<A> norm1(sums1, first, g.c, o.cp, count, dw_batch);
+    const NormGradients<A> norm1(sums1, by_blocks.number, first, g.c, o.cp, count, dw_batch);
     o.center1 = norm1.center.p, o.slope1 = norm1.slope.p;
 
-    const Buffer<A> partial_dw(kChunks * taps * o.cp);
-    in_chunks(pixels, g.ow, [&](int64_t chunk, int64_t begin, int64_t end) {
+    const Buffer<A> partial_dw(by_rows.number * taps * o.cp);
+    by_rows.each([&](int64_t chunk, int64_t begin, int64_t end) {
       DS_CONV_CALL(backward_depthwise_weight<T, A>)(o, begin, end, partial_dw.p + chunk * taps * o.cp);
     });
     for (int64_t c = 0; c < g.c; ++c) {
       for (int64_t tap = 0; tap < taps; ++tap) {
         double total = 0;
-        for (int64_t chunk = 0; chunk < kChunks; ++chunk) total += partial_dw.p[(chunk * taps + tap) * o.cp + c];
+        for (int64_t chunk = 0; chunk < by_rows.number; ++chunk) total += partial_dw.p[(chunk * taps + tap) * o.cp + c];
         data<T>(grad_dw)[c * taps + tap] = static_cast<T>(total);
       }
     }
