@@ -211,10 +211,12 @@ void pack(const T* w, int64_t cols, int64_t depth, int64_t col_step, int64_t d_s
   for (int64_t col = 0; col < padded;) {
     const int64_t width = padded - col >= V * L ? V * L : L;
     A* panel = out + col * depth;
-    for (int64_t j = 0; j < width; ++j) {
-      const A s = col + j < cols ? (scale ? scale[col + j] : A(1)) : A(0);
-      const T* from = w + (col + j < cols ? col + j : 0) * col_step;
-      for (int64_t d = 0; d < depth; ++d) panel[d * width + j] = col + j < cols ? widen(from[d * d_step]) * s : A(0);
+    const int64_t inside = cols - col < width ? (cols > col ? cols - col : 0) : width;
+    for (int64_t d = 0; d < depth; ++d) {
+      const T* from = w + col * col_step + d * d_step;
+      for (int64_t j = 0; j < width; ++j) {
+        panel[d * width + j] = j < inside ? widen(from[j * col_step]) * (scale ? scale[col + j] : A(1)) : A(0);
+      }
     }
     col += width;
   }
@@ -245,9 +247,9 @@ __attribute__((noinline)) void depthwise_block(const T* x, int64_t row, int64_t 
   const auto taps = [&](int64_t c0, auto read, Vec<A>(&acc)[N]) {
     for (int64_t ky = ky0; ky < ky1; ++ky) {
       const T* from = x + ky * row + c0;
-      if (ky + 1 == ky1) {  // the next block's part of the row that is new: the hardware does not follow these strides
+      if (ky + 1 == ky1) {  // part of the row that is new, two blocks ahead: the hardware does not follow these strides
 #pragma GCC unroll 16
-        for (int i = 0; i < N * S; ++i) prefetch(from + (N * S + K - S + i) * c);
+        for (int i = 0; i < N * S; ++i) prefetch(from + (2 * N * S + K - S + i) * c);
       }
       Vec<A> wv[K];
 #pragma GCC unroll 8
@@ -498,6 +500,7 @@ SEGFAST_INLINE void add_sums(const T* x, int64_t pixels, int64_t c, const A* mea
     for (int64_t p = 0; p < pixels; ++p) {
 #pragma GCC unroll 4
       for (int j = 0; j < N; ++j) {
+        prefetch(x + (p + 8) * c + c0 + j * L);
         const Vec<A> at = load_n(x + p * c + c0 + j * L, left), g = g_of(p, c0 + j * L, at, left);
         sum[j] += g;
         product[j] += g * (at - load(mean + c0 + j * L));
