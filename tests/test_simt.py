@@ -3,15 +3,15 @@ op holds for them, in every order of threads and for several block shapes. And t
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
+import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import count
+from conftest import EFFORT, count, seed_of_commit
 from descriptors import build as build_sample
 from descriptors import draw
 from harness import CPU, DTYPES, check_rule, copy, error, evaluate, inputs_of, reference_only, relaid, same_bits, scale
@@ -25,14 +25,13 @@ from segfast.ops.ds_conv import _APPLY, ACTIVATIONS
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "simt"))
 import build
+import mutate
+from host import OPS, RAW, SCHEDULES, Kernels, depthwise_inputs, roofline
 
 pytestmark = pytest.mark.skipif(
     sys.platform != "linux" or not shutil.which(build.COMPILER) or _backend.requested == "reference",
     reason="the host build needs Linux and a C++ compiler",
 )
-OPS = ("channel_shuffle", "concat_shuffle", "pixelwise_kl")  # public functions whose CUDA kernels are compiled for the host
-RAW = ("channel_shuffle", "concat_shuffle", "concat_shuffle_backward", "pixelwise_kl", "depthwise", "depthwise_train")
-SCHEDULES = ("forward", "reverse", "shuffled")
 # Threads a block and blocks a grid: few blocks make every thread go round the grid.
 SHAPES = [(order, threads, blocks) for order in SCHEDULES for threads, blocks in ((64, 2), (256, 1 << 16))]
 every_op = pytest.mark.parametrize("op", OPS)
@@ -45,48 +44,9 @@ def inputs(op: str) -> list[int] | None:
     return [0] if op == "pixelwise_kl" else None
 
 
-class Kernels:
-    """The library of host-compiled CUDA kernels."""
-
-    def __init__(self, path: Path):
-        for op in RAW:
-            schema = str(getattr(torch.ops.segfast, op).default._schema)
-            torch.library.define(f"segfast_simt::{op}", schema[schema.index("(") :])
-        torch.ops.load_library(str(path))
-        self.library = ctypes.CDLL(str(path))
-
-    def configure(self, order: str = "forward", threads: int = 256, blocks: int = 1 << 16) -> None:
-        self.library.simt_configure(SCHEDULES.index(order), threads, ctypes.c_int64(blocks))
-
-    def take_counts(self) -> tuple[int, int, int]:
-        """Launches, bytes loaded and bytes stored since the last call."""
-        counts = (ctypes.c_int64 * 3)()
-        self.library.simt_take_counts(counts)
-        return tuple(counts)
-
-    @contextlib.contextmanager
-    def own_every_op(self):
-        """torch.ops.segfast.<op> is the CUDA kernel, and the table says that there is one."""
-        kept = {op: getattr(torch.ops.segfast, op) for op in RAW}
-        table = {op: dict(owners) for op, owners in _backend.table.items()}
-        try:
-            for op in RAW:
-                setattr(torch.ops.segfast, op, getattr(torch.ops.segfast_simt, op))
-            for op in OPS:
-                _backend.table[op]["cpu"] = "cuda"
-            self.take_counts()
-            yield self
-        finally:
-            for op, packet in kept.items():
-                setattr(torch.ops.segfast, op, packet)
-            for op, owners in table.items():
-                _backend.table[op].clear()
-                _backend.table[op].update(owners)
-
-
 @pytest.fixture(scope="session")
 def library() -> Kernels:
-    return Kernels(build.library(build.cache()))
+    return Kernels()
 
 
 @pytest.fixture
@@ -261,15 +221,6 @@ DEPTHWISE = (
 )
 
 
-def depthwise_inputs(case, dtype):
-    size, kernel, *options = case
-    x = testing.tensor(*size, dtype=dtype, device=CPU)
-    weight = testing.tensor(size[1], 1, *kernel, dtype=dtype, device=CPU, seed=1) / kernel[0]
-    wide = torch.promote_types(dtype, torch.float32)
-    scale, shift = (testing.tensor(size[1], dtype=wide, device=CPU, seed=i) for i in (2, 3))
-    return x, weight, scale, shift, *options
-
-
 @every_dtype
 @pytest.mark.parametrize("case", DEPTHWISE, ids=str)
 def test_depthwise(case, dtype, kernels):
@@ -331,52 +282,68 @@ def test_fakes_of_depthwise(kernels):
                 assert (m.shape, m.dtype, m.stride()) == (d.shape, d.dtype, d.stride())
 
 
-# ideal bytes of a call, by performance.md's counts: (call, bytes)
-def roofline(op: str, dtype: torch.dtype, layout: str):
-    size = dtype.itemsize
-    if op == "channel_shuffle":
-        for n, c, h, w, groups in ((1, 58, 16, 32, 2), (2, 48, 9, 13, 3), (1, 64, 7, 7, 32)):
-            x = testing.tensor(n, c, h, w, dtype=dtype, device=CPU, layout=layout)
-            yield lambda x=x, g=groups: torch.ops.segfast.channel_shuffle(x, g), 2 * x.numel() * size
-    if op == "concat_shuffle":
-        for c in (58, 116):
-            pair = [testing.tensor(1, c, 8, 16, dtype=dtype, device=CPU, layout=layout, seed=i) for i in (0, 1)]
-            yield lambda pair=pair: torch.ops.segfast.concat_shuffle(pair, 2), 4 * pair[0].numel() * size
-    if op == "concat_shuffle_backward":
-        grad = testing.tensor(1, 116, 8, 16, dtype=dtype, device=CPU, layout=layout)
-        yield lambda: torch.ops.segfast.concat_shuffle_backward(grad, [58, 58], 2), 2 * grad.numel() * size
-    if op == "pixelwise_kl":
-        for classes, h, w in ((19, 40, 64), (21, 16, 32), (150, 16, 16), (1000, 8, 8)):
-            pair = [testing.tensor(1, classes, h, w, dtype=dtype, device=CPU, layout=layout, seed=i) for i in (0, 1)]
-            for gradient in (False, True):
-                ideal = (3 if gradient else 2) * pair[0].numel() * size
-                yield lambda p=pair, g=gradient: torch.ops.segfast.pixelwise_kl(*p, None, 2.0, 1, g), ideal
-            valid = torch.ones(1, h, w, dtype=torch.bool)
-            ideal = 3 * pair[0].numel() * size + 2 * valid.numel()  # counted first, since the gradient needs their number
-            yield lambda p=pair, v=valid: torch.ops.segfast.pixelwise_kl(*p, v, 2.0, 1, True), ideal
-    if op in ("depthwise", "depthwise_train"):
-        for n, c, h, w, stride in ((1, 2, 64, 128, 1), (1, 2, 128, 256, 2), (1, 3, 128, 256, 1), (1, 4, 32, 64, 1)):
-            x, weight, scale_, shift, *_ = depthwise_inputs(((n, c, h, w), (3, 3)), dtype)
-            options = ((stride, stride), (1, 1), (1, 1))
-            ideal = (x.numel() + x.numel() // stride**2) * size  # A + B
-            if op == "depthwise":
-                yield lambda a=(x, weight, scale_, shift, *options, 1): torch.ops.segfast.depthwise(*a), ideal
-            else:
-                yield lambda a=(x, weight, None, *options): torch.ops.segfast.depthwise_train(*a), ideal
-
-
 @pytest.mark.parametrize("layout", ("contiguous", "channels_last"))
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float16), ids=("float32", "float16"))
 @pytest.mark.parametrize("op", RAW)
 def test_bytes_are_within_a_tenth_of_the_roofline(op, dtype, layout, kernels):
-    if layout == "channels_last" and op.startswith("depthwise"):
-        pytest.skip("contiguous only")
     calls = list(roofline(op, dtype, layout))
-    assert calls
-    for call, ideal in calls:
+    if not calls:
+        pytest.skip("contiguous only")
+    for name, call, ideal in calls:
         kernels.take_counts()
         call()
         _, loaded, stored = kernels.take_counts()
-        assert ideal <= loaded + stored <= 1.1 * ideal, (
-            f"{loaded} + {stored} bytes, ideal {ideal}: {(loaded + stored) / ideal:.3f}"
-        )
+        ratio = (loaded + stored) / ideal
+        assert 1 <= ratio <= 1.1, f"{op} {name}: {loaded} bytes loaded and {stored} stored are {ratio:.3f} of the ideal {ideal}"
+
+
+# What a host build lacks or a sanitizer's run needs: (compiler flags, environment)
+SANITIZERS = {
+    "address,undefined": ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-O1", "-g1"),
+    "thread": ("-fsanitize=thread", "-DSEGFAST_SIMT_THREADS", "-O1", "-g1"),
+}
+
+
+@pytest.mark.parametrize("sanitizer", SANITIZERS)
+@pytest.mark.parametrize("kernel", build.DRIVERS)
+def test_drivers_under_sanitizers(kernel, sanitizer, tmp_path):
+    """The same checks with every access watched; under ThreadSanitizer a CUDA thread is a thread, and a lost barrier a race."""
+    if sanitizer == "thread" and EFFORT == "ci" and kernel == "shuffle":
+        pytest.skip("no threads share anything there: SEGFAST_EFFORT=full")
+    flags = SANITIZERS[sanitizer]
+    probe = tmp_path / "probe.cpp"
+    probe.write_text("int main() {}")
+    if subprocess.run([build.COMPILER, *flags, str(probe), "-o", str(tmp_path / "probe")], check=False).returncode:
+        pytest.skip(f"no {sanitizer} sanitizer here")
+    program = build.driver(kernel, build.cache() / f"{kernel}-{sanitizer.split(',')[0]}", flags)
+    environment = os.environ | {"ASAN_OPTIONS": "detect_stack_use_after_return=0", "TSAN_OPTIONS": "halt_on_error=1"}
+    done = subprocess.run([str(program)], capture_output=True, text=True, timeout=300, env=environment, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+def test_a_lost_barrier_is_a_race(tmp_path):
+    """ThreadSanitizer sees it, on the line of the access: the check above can fail."""
+    text = (build.CUDA / "launch.cuh").read_text()
+    assert text.count("__syncthreads();") == 1
+    headers = mutate.headers(tmp_path / "headers", "launch.cuh", text.replace("__syncthreads();", ";"))
+    try:
+        program = build.driver("pixelwise_kl", tmp_path / "driver", SANITIZERS["thread"], headers)
+    except RuntimeError:
+        pytest.skip("no thread sanitizer here")
+    done = subprocess.run([str(program)], capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode
+    assert "data race" in done.stderr or "the loss" in done.stderr
+
+
+def test_mutants_are_killed():
+    """A few, drawn by the commit; all of them under full effort (simt/mutate.py, docs/proof/mutation.md)."""
+    files = sorted(path.name for path in build.CUDA.glob("*.cuh"))
+    if EFFORT == "full":
+        mutants = mutate.run(files, jobs=2)
+    else:
+        file = files[seed_of_commit() % len(files)]
+        mutants = mutate.run([file], jobs=2, draw=12, seed=seed_of_commit())
+    survivors = [m.key() for m in mutants if m.killed_by is None]
+    unknown = [key for key in survivors if key not in mutate.equivalents()]
+    assert not unknown, "\n".join(unknown)
+    assert EFFORT == "ci" or len(survivors) <= 0.05 * len(mutants)
