@@ -124,20 +124,27 @@ def compile_cuda(source: str, architecture: str) -> dict[str, dict[str, float]]:
     return dict(sorted(kernels.items()))
 
 
+def host_compiler() -> str | None:
+    sys.path[:0] = [str(ROOT / "tests" / "simt")]
+    import simt_build
+
+    return shutil.which(simt_build.COMPILER)
+
+
 def bytes_moved() -> dict[str, dict[str, float]]:
     """Of calls on the host build, where every access is counted: against the ideal of the roofline."""
     import torch
 
     sys.path[:0] = [str(ROOT / "tests" / "simt")]
-    import host
+    import simt_host
 
-    kernels = host.Kernels()
+    kernels = simt_host.kernels()
     rows = {}
     with kernels.own_every_op():
-        for op in host.RAW:
+        for op in simt_host.RAW:
             for dtype in (torch.float32, torch.float16):
                 for layout in ("contiguous", "channels_last"):
-                    for name, call, ideal in host.roofline(op, dtype, layout):
+                    for name, call, ideal in simt_host.roofline(op, dtype, layout):
                         kernels.take_counts()
                         call()
                         _, loaded, stored = kernels.take_counts()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 
 from segfast import _backend
 
+sys.path[:0] = [str(Path(__file__).parent / "simt"), str(Path(__file__).parents[1] / "benchmarks")]
 EFFORT = os.environ.get("SEGFAST_EFFORT", "ci")
 if EFFORT not in ("ci", "full"):
     raise pytest.UsageError(f"SEGFAST_EFFORT: want ci or full, got {EFFORT!r}")

@@ -79,9 +79,10 @@ __global__ void __launch_bounds__(kMostDepthwiseThreads, 2)
   const int index = static_cast<int>(blockIdx.x - plane * tiles), thread = static_cast<int>(threadIdx.x);
   const int column = thread % tile.columns, row = thread / tile.columns;
   const int top = index / tile.across * tile.rows * kDepthwiseRun, left = index % tile.across * tile.columns;
-  const int stride_h = K > 0 ? S : shape.stride_h, stride_w = K > 0 ? S : shape.stride_w;
-  const int kernel_h = K > 0 ? K : shape.kernel_h, kernel_w = K > 0 ? K : shape.kernel_w;
-  const int dilation_h = K > 0 ? 1 : shape.dilation_h, dilation_w = K > 0 ? 1 : shape.dilation_w;
+  constexpr bool kFixed = K > 0;
+  const int stride_h = kFixed ? S : shape.stride_h, stride_w = kFixed ? S : shape.stride_w;
+  const int kernel_h = kFixed ? K : shape.kernel_h, kernel_w = kFixed ? K : shape.kernel_w;
+  const int dilation_h = kFixed ? 1 : shape.dilation_h, dilation_w = kFixed ? 1 : shape.dilation_w;
   const int in_top = top * stride_h - shape.padding_h, in_left = left * stride_w - shape.padding_w;
   const int64_t input = plane * shape.h * shape.w;
 
@@ -103,8 +104,8 @@ __global__ void __launch_bounds__(kMostDepthwiseThreads, 2)
 
   A u[kDepthwiseRun] = {};
   const int first = row * kDepthwiseRun;
-  if (K > 0) {
-    A w[K > 0 ? K * K : 1];
+  if constexpr (kFixed) {
+    A w[K * K];
 #pragma unroll
     for (int k = 0; k < K * K; ++k) w[k] = taps[k];
 #pragma unroll
@@ -141,14 +142,14 @@ __global__ void __launch_bounds__(kMostDepthwiseThreads, 2)
       const A value = u[o] * scale_ + shift_;
       const T rounded = narrow<T>(kStatistics ? value : activate(value, act));
       store(y, output + static_cast<int64_t>(r) * shape.out_w + c, rounded);
-      if (kStatistics) {  // of what is stored, as a BatchNorm that follows would take them
+      if constexpr (kStatistics) {  // of what is stored, as a BatchNorm that follows would take them
         const A apart = static_cast<A>(widen(rounded)) - mean;
         mean += apart / static_cast<A>(++n);
         square += apart * (static_cast<A>(widen(rounded)) - mean);
       }
     }
   }
-  if (kStatistics) {
+  if constexpr (kStatistics) {
     const Moments all = block_moments({static_cast<double>(n), static_cast<double>(mean), static_cast<double>(square)}, scratch);
     if (thread == 0) {
       const int64_t at = static_cast<int64_t>(blockIdx.x) * 3;

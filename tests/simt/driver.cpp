@@ -1,6 +1,9 @@
-// Checks the kernels of one .cuh against plain loops, in several orders and block shapes, without torch: quick to compile, for the
-// mutants and the sanitizers. Buffers are exactly as long as they must be and start as NaN; the kernels may touch nothing else.
+// Checks the kernels of one .cuh against plain loops, in several orders and block shapes, without torch: quick to compile, for
+// the mutants and the sanitizers. Buffers are exactly as long as they must be and start as NaN; the kernels may touch nothing
+// else.
 #include <unistd.h>
+
+#include <array>
 
 #ifdef SIMT_MUTANTS
 #include "mutants.h"
@@ -107,8 +110,8 @@ void shuffle_case(std::vector<int64_t> widths, int64_t images, int64_t area, int
     };
     uint64_t i = 0;
     each([&](T& a, T& b) { (forward ? a : b) = nth<T>(++i); });
-    const cuda::ShuffleCall call{table.data(), static_cast<int>(table.size()), whole.data(), sizeof(T), images, channels, area,
-                                 groups, nullptr};
+    const cuda::ShuffleCall call{
+        table.data(), static_cast<int>(table.size()), whole.data(), sizeof(T), images, channels, area, groups, nullptr};
     simt::counts = {};
     if (!wide_index) {
       cuda::shuffle(call, way, channels_last);
@@ -153,7 +156,8 @@ void checks() {
   }
   shuffle_case<uint32_t>({8, 8}, 1, 1, 2, false, 0, 2 * 16 / 4, false);
   shuffle_case<uint32_t>(std::vector<int64_t>(cuda::kMostParts, 1), 1, 3, 2, true, 0, 0, false);
-  for (const auto& [channels, groups] : {std::pair<int64_t, int64_t>{16, 2}, {16, 8}, {16, 4}, {18, 9}, {18, 3}, {5, 1}, {5, 5}}) {
+  for (const auto& [channels, groups] :
+       {std::pair<int64_t, int64_t>{16, 2}, {16, 8}, {16, 4}, {18, 9}, {18, 3}, {5, 1}, {5, 5}}) {
     for (const bool channels_last : {false, true}) {
       now = "channel_shuffle of " + std::to_string(channels) + " in " + std::to_string(groups);
       const int64_t area = 6, per_group = channels / groups;
@@ -168,7 +172,8 @@ void checks() {
         }
       }
 #ifndef SEGFAST_SIMT_THREADS
-      if (channels == 16 && groups != 4 && channels_last) check(simt::counts.accesses == 2 * 16 * 6 / 4, "the way of fewer groups");
+      if (channels == 16 && groups != 4 && channels_last)
+        check(simt::counts.accesses == 2 * 16 * 6 / 4, "the way of fewer groups");
 #endif
     }
   }
@@ -201,7 +206,9 @@ void kl_case(int64_t images, int64_t classes, int64_t area, bool channels_last, 
   int64_t valid_pixels = 0;
   for (int64_t i = 0; i < pixels; ++i) valid[i] = random_value() > -1, valid_pixels += valid[i];
   const auto kind = [](auto x) {
-    return std::is_same_v<decltype(x), float> ? Dtype::float32 : std::is_same_v<decltype(x), __half> ? Dtype::float16 : Dtype::bfloat16;
+    return std::is_same_v<decltype(x), float>    ? Dtype::float32
+           : std::is_same_v<decltype(x), __half> ? Dtype::float16
+                                                 : Dtype::bfloat16;
   };
   const cuda::KlCall call{.student = {student.data(), kind(S{})},
                           .teacher = {teacher.data(), kind(T{})},
@@ -272,8 +279,9 @@ void checks() {
     // Every logit once, whatever the number of classes up to 1024: plus a partial a tile, written and read, the loss, the scale.
     for (const int64_t classes : {19, 20, 21, 32, 33, 160, 161, 640, 641, 1024}) {
       if (!all && classes > 40) continue;
-      const int64_t tiles = cuda::kl_tiles(1, classes, 4, last);
-      kl_case<float, float>(1, classes, 4, last, false, 1, Divisor::pixels, true, false, false, 3 * 4 * classes * 4 + 16 * tiles + 8);
+      const int64_t rows = classes <= 20 && !last ? 1 : classes <= 160 ? 8 : 32, tiles = ceil_div(4, simt::kThreads / rows);
+      kl_case<float, float>(1, classes, 4, last, false, 1, Divisor::pixels, true, false, false,
+                            3 * 4 * classes * 4 + 16 * tiles + 8);
     }
   }
   kl_case<float, float>(1, 2, 90000 / 256 * simt::kThreads / 40, false, true, 1, Divisor::pixels, false, false, false, 0);
@@ -292,8 +300,8 @@ void depthwise_case(const Case& k, cuda::Act act) {
   now = "depthwise of " + std::to_string(k.h) + "x" + std::to_string(k.w) + " kernel " + std::to_string(k.kernel_h) + "x" +
         std::to_string(k.kernel_w) + " stride " + std::to_string(k.stride_h) + " act " + std::to_string(static_cast<int>(act));
   using A = typename Wide<T>::type;
-  cuda::DepthwiseShape s{k.images,    k.channels,  k.h,         k.w, 0, 0, k.kernel_h, k.kernel_w, k.stride_h, k.stride_w,
-                         k.padding_h, k.padding_w, k.dilation_h, k.dilation_w};
+  cuda::DepthwiseShape s{k.images,   k.channels,  k.h,         k.w,          0,           0, k.kernel_h, k.kernel_w, k.stride_h,
+                         k.stride_w, k.padding_h, k.padding_w, k.dilation_h, k.dilation_w};
   s.out_h = (k.h + 2 * k.padding_h - k.dilation_h * (k.kernel_h - 1) - 1) / k.stride_h + 1;
   s.out_w = (k.w + 2 * k.padding_w - k.dilation_w * (k.kernel_w - 1) - 1) / k.stride_w + 1;
   const int64_t planes = k.images * k.channels, outputs = planes * s.out_h * s.out_w, taps = k.kernel_h * k.kernel_w;
@@ -309,13 +317,28 @@ void depthwise_case(const Case& k, cuda::Act act) {
   check(simt::counts.stored == outputs * static_cast<int64_t>(sizeof(T)), "bytes stored");
   if (k.reads > 0 && simt::kThreads == 256) {
     const cuda::DepthwiseTile tile = cuda::depthwise_tile_of(s, sizeof(A));
-    const int64_t blocks = planes * tile.across * tile.down;
-    const int64_t small = blocks * (taps * static_cast<int64_t>(sizeof(T)) + 2 * static_cast<int64_t>(sizeof(A)));
+    const int64_t small =
+        planes * tile.across * tile.down * (taps * static_cast<int64_t>(sizeof(T)) + 2 * static_cast<int64_t>(sizeof(A)));
     check(simt::counts.loaded == planes * k.reads * static_cast<int64_t>(sizeof(T)) + small, "bytes loaded");
+  }
+#endif
+  const cuda::DepthwiseTile tile = cuda::depthwise_tile_of(s, sizeof(A));
+  const int64_t blocks = planes * tile.across * tile.down;
+  check(partials.size() == 3 * blocks, "scratch for the statistics");
+#ifndef SEGFAST_SIMT_THREADS
+  if (k.kernel_h == 3 && k.kernel_w == 3 && k.stride_h == k.stride_w && k.stride_h < 3 && k.dilation_h == 1 &&
+      k.dilation_w == 1) {
+    // The kernel made for this shape: three staged values of every row that a thread goes down, the taps, scale and shift.
+    const int64_t thread = ((cuda::kDepthwiseRun - 1) * k.stride_h + 3) * 3 + 9 + 2;
+    const int64_t block = static_cast<int64_t>(tile.halo_h) * tile.halo_w + 9 + 2 + thread * tile.columns * tile.rows;
+    check(simt::counts.shared == blocks * block, "accesses of shared memory");
   }
 #endif
   cuda::depthwise_train<T>(s, x.data(), weight.data(), shift.data(), u.data(), partials.data(), mean.data(), var.data(), nullptr);
   const double tolerance = sizeof(T) == 2 ? 1e-2 : 1e-5;
+  double values = 0;
+  for (int64_t b = 0; b < blocks; ++b) values += partials[3 * b];
+  check(values == static_cast<double>(outputs), "the number of values in the statistics");
   for (int64_t c = 0; c < k.channels; ++c) {
     double sum = 0, squares = 0;
     for (int64_t n = 0; n < k.images; ++n) {
@@ -325,7 +348,8 @@ void depthwise_case(const Case& k, cuda::Act act) {
           double value = 0;
           for (int kh = 0; kh < k.kernel_h; ++kh) {
             for (int kw = 0; kw < k.kernel_w; ++kw) {
-              const int ih = oh * k.stride_h - k.padding_h + kh * k.dilation_h, iw = ow * k.stride_w - k.padding_w + kw * k.dilation_w;
+              const int ih = oh * k.stride_h - k.padding_h + kh * k.dilation_h,
+                        iw = ow * k.stride_w - k.padding_w + kw * k.dilation_w;
               if (ih < 0 || ih >= k.h || iw < 0 || iw >= k.w) continue;
               value += static_cast<double>(widen(x[(plane * k.h + ih) * k.w + iw])) *
                        static_cast<double>(widen(weight[(c * k.kernel_h + kh) * k.kernel_w + kw]));
@@ -349,7 +373,35 @@ void depthwise_case(const Case& k, cuda::Act act) {
   }
 }
 
+// The tile of a plane: columns, rows of threads, and the staged input.
+void tile_case(int h, int w, int kernel, int stride, int dilation, int64_t bytes, std::array<int, 6> expected) {
+  now = "the tile of " + std::to_string(h) + "x" + std::to_string(w) + " stride " + std::to_string(stride);
+  const int reach = dilation * (kernel - 1);
+  const cuda::DepthwiseShape s{
+      1, 1, h * stride + reach, w * stride + reach, h, w, kernel, kernel, stride, stride, 0, 0, dilation, dilation};
+  const cuda::DepthwiseTile t = cuda::depthwise_tile_of(s, bytes);
+  check(std::array{t.columns, t.rows, t.halo_h, t.halo_w, t.across, t.down} == expected, "another tile");
+}
+
+void tiles() {
+  tile_case(33, 32, 3, 1, 1, 4, {32, 5, 42, 34, 1, 1});
+  tile_case(32, 33, 3, 1, 1, 4, {64, 4, 34, 66, 1, 1});
+  tile_case(33, 65, 3, 1, 1, 4, {64, 4, 34, 66, 2, 2});
+  tile_case(8, 64, 3, 1, 1, 4, {64, 1, 10, 66, 1, 1});
+  tile_case(9, 64, 3, 1, 1, 4, {64, 2, 18, 66, 1, 1});
+  tile_case(128, 128, 3, 2, 1, 4, {64, 4, 65, 129, 2, 4});
+  tile_case(128, 128, 3, 2, 1, 8, {64, 2, 33, 129, 2, 8});
+  tile_case(128, 128, 3, 1, 43, 4, {64, 1, 0, 0, 2, 16});
+  tile_case(128, 128, 3, 1, 20, 4, {64, 4, 72, 104, 2, 4});
+  tile_case(128, 128, 3, 1, 31, 4, {64, 2, 0, 0, 2, 8});
+  tile_case(128, 128, 2, 1, 54, 4, {64, 4, 0, 0, 2, 4});  // 40,592 bytes of 40,960
+  tile_case(128, 128, 2, 1, 55, 4, {64, 3, 0, 0, 2, 6});  // would be 41,412
+  tile_case(8, 30, 3, 1, 7, 4, {32, 1, 22, 46, 1, 1});    // 1,012 of 4 x 256
+  tile_case(8, 30, 5, 1, 4, 4, {32, 1, 0, 0, 1, 1});      // 1,152: mostly halo
+}
+
 void checks() {
+  if (simt::kThreads == 256) tiles();
   const auto acts = {cuda::Act::none, cuda::Act::relu, cuda::Act::relu6, cuda::Act::silu, cuda::Act::hardswish};
   for (const cuda::Act act : acts) depthwise_case<float>({1, 2, 5, 9, 3, 3, 1, 1, 1, 1, 1, 1, 45}, act);
   depthwise_case<float>({2, 2, 9, 33, 3, 3, 1, 1, 1, 1, 1, 1, 9 * 33}, cuda::Act::relu);
@@ -365,6 +417,10 @@ void checks() {
   depthwise_case<float>({1, 1, 40, 41, 3, 3, 1, 1, 36, 36, 36, 36, 0}, cuda::Act::none);
   depthwise_case<float>({1, 1, 23, 19, 8, 8, 3, 3, 3, 3, 1, 1, 0}, cuda::Act::none);
   depthwise_case<float>({2, 3, 1, 2, 1, 1, 1, 1, 0, 0, 1, 1, 2}, cuda::Act::none);
+  depthwise_case<float>({3, 1, 1, 1, 3, 3, 1, 1, 1, 1, 1, 1, 1}, cuda::Act::none);
+  depthwise_case<float>({1, 1, 9, 9, 3, 1, 1, 1, 1, 0, 1, 1, 81}, cuda::Act::none);
+  depthwise_case<float>({1, 1, 9, 9, 1, 3, 1, 1, 0, 1, 1, 1, 81}, cuda::Act::none);
+  depthwise_case<float>({1, 1, 9, 9, 2, 2, 1, 1, 0, 0, 1, 1, 81}, cuda::Act::none);
   depthwise_case<__half>({2, 1, 9, 7, 3, 3, 1, 1, 1, 1, 1, 1, 63}, cuda::Act::relu);
   depthwise_case<__nv_bfloat16>({300, 1, 2, 3, 3, 3, 1, 1, 1, 1, 1, 1, 0}, cuda::Act::none);
 }

@@ -2,8 +2,8 @@
 
     python tests/simt/mutate.py [--jobs 2] [--only shuffle.cuh] [--part 0/4] [--draw 8 --seed 0]
 
-Each is removed, turned or shifted by one, and the drivers must notice: by a wrong result, an access out of bounds, wrong counts of
-bytes, a divergent barrier, a crash, or no end. Most mutants share one build and are chosen at run time (mutants.h); those in
+Each is removed, turned or shifted by one, and the drivers must notice: by a wrong result, an access out of bounds, wrong counts
+of bytes, a divergent barrier, a crash, or no end. Most mutants share one build and are chosen at run time (mutants.h); those in
 constant expressions have a build each. Exits with 1 if fewer than 95 % are killed, or a survivor is not in EQUIVALENT.
 """
 
@@ -21,9 +21,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-import build
+import simt_build
 
-FLAGS = ("-w", "-DSIMT_MUTANTS")
+FLAGS = ("-w", "-DSIMT_MUTANTS", "-fsanitize=bounds", "-fsanitize-undefined-trap-on-error")
 DRIVERS_OF = {"launch.cuh": ("pixelwise_kl", "depthwise", "shuffle")}  # of the others: their own
 TURNED = {"<": "<=", "<=": "<", ">": ">=", ">=": ">"}
 SECONDS = 60
@@ -168,7 +168,7 @@ def nest(text: str, mutants: list[Mutant]) -> str:
 def headers(folder: Path, file: str, text: str) -> Path:
     """A copy of csrc/cuda in which one file has another text."""
     folder.mkdir(parents=True, exist_ok=True)
-    for path in build.CUDA.glob("*.cuh"):
+    for path in simt_build.CUDA.glob("*.cuh"):
         shutil.copy(path, folder)
     (folder / file).write_text(text)
     return folder
@@ -176,7 +176,7 @@ def headers(folder: Path, file: str, text: str) -> Path:
 
 def build_shared(folder: Path, file: str, driver: str, mutants: list[Mutant]) -> Path:
     """One program with all mutants that fit in; a line that does not compile gives up its shared mutants."""
-    lines = (build.CUDA / file).read_text().splitlines()
+    lines = (simt_build.CUDA / file).read_text().splitlines()
     for attempt in range(8):
         made = list(lines)
         by_line: dict[int, list[Mutant]] = {}
@@ -187,7 +187,7 @@ def build_shared(folder: Path, file: str, driver: str, mutants: list[Mutant]) ->
             made[number] = nest(lines[number], here)
         where = headers(folder / f"{file}-{driver}-{attempt}", file, "\n".join(made) + "\n")
         try:
-            return build.driver(driver, where / "driver", ("-O1", *FLAGS), where)
+            return simt_build.driver(driver, where / "driver", ("-O1", *FLAGS), where)
         except RuntimeError as failed:
             broken = {int(n) - 1 for n in re.findall(rf"{re.escape(file)}:(\d+):\d+: error", str(failed))}
             broken |= {int(n) - 1 for n in re.findall(rf"{re.escape(file)}:(\d+):\d+:   (?:in|required)", str(failed))}
@@ -212,13 +212,13 @@ def fails(command: list[str]) -> str | None:
 
 
 def run_alone(mutant: Mutant, folder: Path, drivers: tuple[str, ...]) -> None:
-    lines = (build.CUDA / mutant.file).read_text().splitlines()
+    lines = (simt_build.CUDA / mutant.file).read_text().splitlines()
     line = lines[mutant.line]
     lines[mutant.line] = line[: mutant.start] + mutant.alone + line[mutant.end :]
     where = headers(folder / f"alone-{mutant.file}-{mutant.id}", mutant.file, "\n".join(lines) + "\n")
     for driver in drivers:
         try:
-            program = build.driver(driver, where / driver, ("-O0", *FLAGS), where)
+            program = simt_build.driver(driver, where / driver, ("-O0", *FLAGS), where)
         except RuntimeError:
             mutant.killed_by = "the compiler"
             break
@@ -236,7 +236,7 @@ def run(files: list[str], jobs: int, draw: int | None = None, seed: int = 0, par
         with ThreadPoolExecutor(jobs) as pool:
             for file in files:
                 drivers = DRIVERS_OF.get(file, (file.removesuffix(".cuh"),))
-                mutants = find(build.CUDA / file)
+                mutants = find(simt_build.CUDA / file)
                 programs = [build_shared(folder, file, driver, mutants) for driver in drivers]
                 for program in programs:
                     unchanged = fails([str(program)])
@@ -272,7 +272,7 @@ def equivalents() -> set[str]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--jobs", type=int, default=2)
-    parser.add_argument("--only", nargs="*", default=[path.name for path in sorted(build.CUDA.glob("*.cuh"))])
+    parser.add_argument("--only", nargs="*", default=[path.name for path in sorted(simt_build.CUDA.glob("*.cuh"))])
     parser.add_argument("--draw", type=int)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--part", default="0/1", help="i/n: every n-th mutant, from the i-th")

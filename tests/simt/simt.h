@@ -76,7 +76,7 @@ enum class Schedule : int { forward, reverse, shuffled };
 inline Schedule schedule = Schedule::forward;
 
 struct Counts {
-  int64_t launches = 0, loaded = 0, stored = 0, accesses = 0;
+  int64_t launches = 0, loaded = 0, stored = 0, accesses = 0, shared = 0;  // shared: accesses
 };
 inline Counts counts;
 inline std::vector<std::pair<const char*, const char*>> memory;  // where not empty: the only bytes that kernels may touch
@@ -137,6 +137,9 @@ class Shared {
   Shared(T* first, int64_t count) : first_(first), count_(count) {}
   T& operator[](int64_t at) const {
     if (at < 0 || at >= count_) fail("shared memory out of bounds");
+#ifndef SEGFAST_SIMT_THREADS
+    ++counts.shared;
+#endif
     return first_[at];
   }
 

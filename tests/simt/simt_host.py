@@ -7,7 +7,7 @@ import ctypes
 import functools
 from collections.abc import Callable, Iterator
 
-import build
+import simt_build
 import torch
 
 from segfast import _backend, testing
@@ -22,7 +22,7 @@ class Kernels:
     """The library of host-compiled CUDA kernels."""
 
     def __init__(self):
-        path = build.library(build.cache())
+        path = simt_build.library(simt_build.cache())
         for op in RAW:
             schema = str(getattr(torch.ops.segfast, op).default._schema)
             torch.library.define(f"segfast_simt::{op}", schema[schema.index("(") :])
@@ -56,6 +56,12 @@ class Kernels:
             for op, owners in table.items():
                 _backend.table[op].clear()
                 _backend.table[op].update(owners)
+
+
+@functools.cache
+def kernels() -> Kernels:
+    """Loaded once: a process can register them only once."""
+    return Kernels()
 
 
 def depthwise_inputs(case, dtype):
