@@ -2,8 +2,8 @@
 
     python benchmarks/gpu_resources.py [--part cuda] [--architectures 80 90] [--sources shuffle]
 
-renews benchmarks/gpu_resources.json, which tests/test_gpu_resources.py compares with a fresh compilation. A part is a function below,
-with its name in PARTS; it gives what stands under its key in the file.
+renews benchmarks/gpu_resources.json, which tests/test_gpu_resources.py compares with a fresh compilation. A part is a function
+below, with its name in PARTS; it gives what stands under its key in the file.
 """
 
 from __future__ import annotations

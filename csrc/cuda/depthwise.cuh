@@ -82,7 +82,6 @@ __global__ void __launch_bounds__(kMostDepthwiseThreads, 2)
   constexpr bool kFixed = K > 0;
   const int stride_h = kFixed ? S : shape.stride_h, stride_w = kFixed ? S : shape.stride_w;
   const int kernel_h = kFixed ? K : shape.kernel_h, kernel_w = kFixed ? K : shape.kernel_w;
-  const int dilation_h = kFixed ? 1 : shape.dilation_h, dilation_w = kFixed ? 1 : shape.dilation_w;
   const int in_top = top * stride_h - shape.padding_h, in_left = left * stride_w - shape.padding_w;
   const int64_t input = plane * shape.h * shape.w;
 
@@ -124,7 +123,7 @@ __global__ void __launch_bounds__(kMostDepthwiseThreads, 2)
     for (int o = 0; o < kDepthwiseRun; ++o) {
       for (int kh = 0; kh < kernel_h; ++kh) {
         for (int kw = 0; kw < kernel_w; ++kw) {
-          const int r = (first + o) * stride_h + kh * dilation_h, c = column * stride_w + kw * dilation_w;
+          const int r = (first + o) * stride_h + kh * shape.dilation_h, c = column * stride_w + kw * shape.dilation_w;
           u[o] += taps[kh * kernel_w + kw] * (tile.halo_h > 0 ? staged[r * tile.halo_w + c] : read(in_top + r, in_left + c));
         }
       }
@@ -180,7 +179,7 @@ __global__ void __launch_bounds__(kMostDepthwiseThreads, 2)
 inline DepthwiseTile depthwise_tile_of(const DepthwiseShape& s, int64_t bytes) {
   DepthwiseTile tile{};
   tile.columns = s.out_w > 32 ? 64 : 32;
-  tile.rows = kThreads / tile.columns < 1 ? 1 : kThreads / tile.columns;
+  tile.rows = kThreads / tile.columns;
   const auto halo = [&] {
     tile.halo_h = (tile.rows * kDepthwiseRun - 1) * s.stride_h + (s.kernel_h - 1) * s.dilation_h + 1;
     tile.halo_w = (tile.columns - 1) * s.stride_w + (s.kernel_w - 1) * s.dilation_w + 1;
