@@ -45,9 +45,9 @@ void store_pack(Global<T> to, int64_t at, const Pack<T, K>& pack) {
   simt::store_as(to, at, pack);
 }
 #define SEGFAST_SHARED(type, name, count) const ::segfast::Shared<type> name = ::simt::shared<type>(count)
-#define SEGFAST_DYNAMIC_SHARED(type, name, count) const ::segfast::Shared<type> name = ::simt::shared<type>(count)
+#define SEGFAST_DYNAMIC_SHARED(type, name, count) const ::segfast::Shared<type> name = ::simt::dynamic_shared<type>(count)
 #define SEGFAST_LAUNCH(kernel, blocks, threads, bytes, stream, ...) \
-  (static_cast<void>(bytes), static_cast<void>(stream), ::simt::launch(blocks, threads, [=] { (kernel)(__VA_ARGS__); }))
+  (static_cast<void>(stream), ::simt::launch(blocks, threads, bytes, [=] { (kernel)(__VA_ARGS__); }))
 #else
 template <class T>
 using Global = T* __restrict__;

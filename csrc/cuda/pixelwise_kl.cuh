@@ -196,12 +196,12 @@ __global__ void __launch_bounds__(kMostKlThreads, sizeof(A) == 4 && R <= 20 ? 2 
     }
   }
   Softmaxes<A> all = mine;
-  if (ROWS > 1) {
+  if constexpr (ROWS > 1) {
     max_s[thread] = mine.max_s, max_t[thread] = mine.max_t;
     sum_s[thread] = mine.sum_s, sum_t[thread] = mine.sum_t;
   }
   __syncthreads();
-  if (ROWS > 1) {
+  if constexpr (ROWS > 1) {
     for (int r = 0; r < ROWS; ++r) {
       const int other = kClassesInner ? slot * ROWS + r : r * slots + slot;
       const Softmaxes<A> one{max_s[other], max_t[other], sum_s[other], sum_t[other]};
@@ -233,7 +233,7 @@ __global__ void __launch_bounds__(kMostKlThreads, sizeof(A) == 4 && R <= 20 ? 2 
       if (call.saved != nullptr) store_gradient<ROWS>(call.saved, call.student.dtype, offset, step, first, classes, s);
     }
   }
-  if (ROWS > 1) {
+  if constexpr (ROWS > 1) {
     parts[thread] = value;
     __syncthreads();
     value = 0;
@@ -289,8 +289,8 @@ inline int64_t kl_tiles(int64_t images, int64_t classes, int64_t area, bool chan
 template <class A, int ROWS, int R, bool kClassesInner>
 void launch_kl_tile(const KlCall& call, cudaStream_t stream) {
   // Powers of two divide exactly through their inverse.
-  int exponent = 0;
-  const bool exact = frexp(call.temperature, &exponent) == 0.5 && exponent > -100 && exponent < 100;
+  int exponent;
+  const bool exact = frexp(call.temperature, &exponent) == 0.5;
   const A temperature = static_cast<A>(exact ? 1 / call.temperature : call.temperature);
   SEGFAST_LAUNCH((pixelwise_kl_tile<A, ROWS, R, kClassesInner>), kl_tiles(call.images, call.classes, call.area, kClassesInner),
                  kThreads, 0, stream, call, temperature, exact);

@@ -23,7 +23,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import simt_build
 
-FLAGS = ("-w", "-DSIMT_MUTANTS", "-fsanitize=bounds", "-fsanitize-undefined-trap-on-error")
+FLAGS = ("-w", "-ftrivial-auto-var-init=zero", "-DSIMT_MUTANTS", "-fsanitize=bounds", "-fsanitize-undefined-trap-on-error")
 DRIVERS_OF = {"launch.cuh": ("pixelwise_kl", "depthwise", "shuffle")}  # of the others: their own
 TURNED = {"<": "<=", "<=": "<", ">": ">=", ">=": ">"}
 SECONDS = 60
@@ -131,7 +131,7 @@ def find(path: Path) -> list[Mutant]:
             add(*m.span(), "no shuffle", m[1], f"(simt_is({{id}}) ? {m[1]} : {m[0]})")
         for m in re.finditer(r"\bkFullMask\b(?! =)", code):
             add(*m.span(), "half the mask", "0xffffu", "(simt_is({id}) ? 0xffffu : kFullMask)")
-        for m in re.finditer(r"(?<![\w.])(\d+)(?![\w.]|\s*\.)", code):
+        for m in re.finditer(r"(?<![\w.])(?<!\. / )(\d+)(?![\w.]|\s*\.)", code):  # not of 1. / 720
             value = int(m[1])
             for shifted in (value + 1, value - 1) if value else (1,):
                 add(*m.span(), f"{value} to {shifted}", str(shifted), f"(simt_is({{id}}) ? {shifted} : {value})")

@@ -161,6 +161,16 @@ Shared<T> shared(int64_t count) {
   return {reinterpret_cast<T*>(arena + from), count};
 }
 
+inline int64_t dynamic_bytes;  // what the launch asked for
+inline SIMT_LOCAL int64_t dynamic_used;
+
+template <class T>
+Shared<T> dynamic_shared(int64_t count) {
+  dynamic_used = count * static_cast<int64_t>(sizeof(T));
+  if (dynamic_used != dynamic_bytes) fail("another size of dynamic shared memory than the launch asked for");
+  return shared<T>(count);
+}
+
 union Slot {
   double wide;
   char bytes[8];
@@ -204,7 +214,9 @@ inline void fail(const std::string& what) {
 inline void wait(bool block, int) { pthread_barrier_wait(block ? &block_barrier : &warp_barriers[threadIdx.x / kWarp]); }
 
 template <class F>
-void launch(int64_t blocks, int threads, F kernel) {
+void launch(int64_t blocks, int threads, int64_t bytes, F kernel) {
+  if (blocks < 1 || blocks > INT32_MAX || threads < 1 || threads > kMostThreads) throw std::runtime_error("simt: no such grid");
+  dynamic_bytes = bytes;
   pthread_barrier_init(&block_barrier, nullptr, threads);
   for (int w = 0; w < threads / kWarp; ++w) pthread_barrier_init(&warp_barriers[w], nullptr, kWarp);
   std::vector<std::thread> all;
@@ -305,7 +317,9 @@ inline void run_block(int threads, std::mt19937& random) {
 }
 
 template <class F>
-void launch(int64_t blocks, int threads, F kernel) {
+void launch(int64_t blocks, int threads, int64_t bytes, F kernel) {
+  if (blocks < 1 || blocks > INT32_MAX || threads < 1 || threads > kMostThreads) throw std::runtime_error("simt: no such grid");
+  dynamic_bytes = bytes;
   const std::lock_guard lock(one_launch);
   while (static_cast<int>(fibres.size()) < threads) {
     fibres.push_back(std::make_unique<Fibre>());
@@ -317,6 +331,7 @@ void launch(int64_t blocks, int threads, F kernel) {
     makecontext(&fibre.context, live, 0);
   }
   body = kernel;
+  dynamic_used = 0;
   blockDim.x = threads, gridDim.x = blocks;
   std::mt19937 random(1);
   for (int64_t b = 0; b < blocks && failure.empty(); ++b) {
@@ -324,6 +339,7 @@ void launch(int64_t blocks, int threads, F kernel) {
     run_block(threads, random);
   }
   ++counts.launches;
+  if (failure.empty() && dynamic_used != bytes) failure = "dynamic shared memory that no kernel wants";
   if (failure.empty()) return;
   const std::string what = "simt: " + failure;
   failure.clear();
