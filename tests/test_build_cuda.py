@@ -7,6 +7,9 @@ import gpu_resources
 import pytest
 import torch
 from conftest import EFFORT, seed_of_commit
+from harness import DTYPES, OPS, check_rule
+
+from segfast import testing
 
 ROOT = Path(__file__).resolve().parent.parent
 PAIRS = [(source, architecture) for architecture in gpu_resources.ARCHITECTURES for source in gpu_resources.SOURCES]
@@ -52,3 +55,12 @@ def test_channel_shuffle_on_a_gpu(dtype, memory_format):
     for size, groups in (((2, 12, 5, 7), 3), ((2, 64, 16, 16), 4), ((1, 58, 3, 3), 2)):
         x = (torch.randn(size, device="cuda") * 50).abs().to(dtype).contiguous(memory_format=memory_format)
         assert torch.equal(ops.channel_shuffle(x, groups), channel_shuffle_reference(x, groups))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("op", OPS)
+def test_rule_on_a_gpu(op, dtype):
+    for sample in testing.SAMPLES[op](dtype, torch.device("cuda")):
+        check_rule(op, sample, [0] if op == "pixelwise_kl" else None)
