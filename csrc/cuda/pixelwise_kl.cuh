@@ -47,7 +47,7 @@ struct Softmaxes {
 // What logits are measured from: their maximum, or 0 where all are -inf, so that -inf - -inf stays out of the sums.
 template <class A>
 __device__ A base(A max) {
-  return max == -static_cast<A>(INFINITY) ? static_cast<A>(0) : max;
+  return max == -static_cast<A>(INFINITY) ? A{} : max;
 }
 
 template <class A>
@@ -140,7 +140,7 @@ __device__ void store_gradient(void* data, Dtype dtype, int64_t offset, int64_t 
 // Of the classes first, first + ROWS, ...
 template <int ROWS, int R, class A>
 __device__ Softmaxes<A> softmaxes(int64_t first, int64_t classes, const A (&s)[R], const A (&t)[R]) {
-  Softmaxes<A> chunk{-static_cast<A>(INFINITY), -static_cast<A>(INFINITY), 0, 0};
+  Softmaxes<A> chunk{-static_cast<A>(INFINITY), -static_cast<A>(INFINITY)};
 #pragma unroll
   for (int k = 0; k < R; ++k) {
     if (first + k * ROWS < classes) {
@@ -186,7 +186,7 @@ __global__ void __launch_bounds__(kMostKlThreads, sizeof(A) == 4 && R <= 20 ? 2 
   const int64_t offset = kClassesInner ? pixel * classes : image * classes * call.area + (pixel - image * call.area);
 
   A s[R], t[R];
-  Softmaxes<A> mine{-static_cast<A>(INFINITY), -static_cast<A>(INFINITY), 0, 0};
+  Softmaxes<A> mine{-static_cast<A>(INFINITY), -static_cast<A>(INFINITY)};
   if (keep) {
     for (int64_t first = row; first < classes; first += ROWS * R) {
       load_logits<ROWS>(call.student, offset, step, first, classes, temperature, multiply, s);
@@ -196,12 +196,12 @@ __global__ void __launch_bounds__(kMostKlThreads, sizeof(A) == 4 && R <= 20 ? 2 
     }
   }
   Softmaxes<A> all = mine;
-  if constexpr (ROWS > 1) {
+  if constexpr (ROWS != 1) {
     max_s[thread] = mine.max_s, max_t[thread] = mine.max_t;
     sum_s[thread] = mine.sum_s, sum_t[thread] = mine.sum_t;
   }
   __syncthreads();
-  if constexpr (ROWS > 1) {
+  if constexpr (ROWS != 1) {
     for (int r = 0; r < ROWS; ++r) {
       const int other = kClassesInner ? slot * ROWS + r : r * slots + slot;
       const Softmaxes<A> one{max_s[other], max_t[other], sum_s[other], sum_t[other]};
@@ -233,7 +233,7 @@ __global__ void __launch_bounds__(kMostKlThreads, sizeof(A) == 4 && R <= 20 ? 2 
       if (call.saved != nullptr) store_gradient<ROWS>(call.saved, call.student.dtype, offset, step, first, classes, s);
     }
   }
-  if constexpr (ROWS > 1) {
+  if constexpr (ROWS != 1) {
     parts[thread] = value;
     __syncthreads();
     value = 0;

@@ -233,6 +233,18 @@ void kl_case(int64_t images, int64_t classes, int64_t area, bool channels_last, 
                           .scale = scale.data(),
                           .partials = partials.data(),
                           .count = count.data()};
+  if (pixels > 0) {
+    if (masked) count[0] = valid_pixels;
+    channels_last ? cuda::launch_kl<A, true>(call, nullptr) : cuda::launch_kl<A, false>(call, nullptr);
+#ifndef SEGFAST_SIMT_THREADS
+    const int rows = classes <= 20 && !channels_last ? 1 : classes <= 160 ? 8 : 32;
+    const int held = rows == 1 ? 20 : classes <= 32 ? 4 : classes <= 640 ? 20 : 32;
+    const std::string types = "launch_kl_tile<" + std::string(sizeof(A) == 8 ? "double" : "float") + ", " + std::to_string(rows) +
+                              ", " + std::to_string(held) + ",";
+    check(simt::launched.find(types) != std::string::npos, "a kernel for other numbers of classes");
+    check(simt::shared_bytes_of == 5 * 256 * sizeof(A) + 8 * 8 + 8, "the size of shared memory");
+#endif
+  }
   simt::counts = {};
   cuda::pixelwise_kl<A>(call, channels_last, nullptr);
 #ifndef SEGFAST_SIMT_THREADS
@@ -360,6 +372,11 @@ void depthwise_case(const Case& k, cuda::Act act) {
   const cuda::DepthwiseTile tile = cuda::depthwise_tile_of(s, sizeof(A));
   const int64_t blocks = planes * tile.across * tile.down;
   check(partials.size() == 3 * blocks, "scratch for the statistics");
+#ifndef SEGFAST_SIMT_THREADS
+  const size_t staged = static_cast<size_t>(tile.halo_h) * tile.halo_w * sizeof(A);
+  const size_t fixed = (staged + 15) / 16 * 16 + 64 * sizeof(A) + 16 + 8 * 24;  // taps, scale and shift, moments of eight warps
+  check(simt::shared_bytes_of == fixed, "the size of shared memory");
+#endif
 #ifndef SEGFAST_SIMT_THREADS
   if (k.kernel_h == 3 && k.kernel_w == 3 && k.stride_h == k.stride_w && k.stride_h < 3 && k.dilation_h == 1 &&
       k.dilation_w == 1) {

@@ -79,6 +79,8 @@ struct Counts {
   int64_t launches = 0, loaded = 0, stored = 0, accesses = 0, shared = 0;  // shared: accesses
 };
 inline Counts counts;
+inline std::string launched;    // the types of the last launch's kernel, as the compiler spells them
+inline size_t shared_bytes_of;  // and the shared memory that a block of it took
 inline std::vector<std::pair<const char*, const char*>> memory;  // where not empty: the only bytes that kernels may touch
 
 [[noreturn]] void fail(const std::string& what);
@@ -157,6 +159,9 @@ template <class T>
 Shared<T> shared(int64_t count) {
   const size_t from = (cursor + 15) / 16 * 16;
   cursor = from + count * sizeof(T);
+#ifndef SEGFAST_SIMT_THREADS
+  shared_bytes_of = cursor;
+#endif
   if (cursor > kSharedBytes) fail("more shared memory than a block has");
   return {reinterpret_cast<T*>(arena + from), count};
 }
@@ -331,6 +336,8 @@ void launch(int64_t blocks, int threads, int64_t bytes, F kernel) {
     makecontext(&fibre.context, live, 0);
   }
   body = kernel;
+  launched = __PRETTY_FUNCTION__;
+  shared_bytes_of = 0;
   dynamic_used = 0;
   blockDim.x = threads, gridDim.x = blocks;
   std::mt19937 random(1);
