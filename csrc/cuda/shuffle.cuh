@@ -214,11 +214,13 @@ void launch_shuffle(const ShuffleCall& call, bool channels_last) {
   });
 }
 
+inline bool fits_32_bits(int64_t elements) { return elements < (int64_t{1} << 31); }
+
 // All tensors are (images, channels, area), of one element width of 1, 2, 4, 8 or 16 bytes, dense in one format; at most
 // kMostParts parts, none of them empty.
 inline void shuffle(const ShuffleCall& call, Way way, bool channels_last) {
   const bool rows = channels_last || call.area == 1;
-  const bool small = call.images * call.channels * call.area < (int64_t{1} << 31);
+  const bool small = fits_32_bits(call.images * call.channels * call.area);
   if (way == Way::parts_to_whole) {
     small ? launch_shuffle<uint32_t, Way::parts_to_whole>(call, rows) : launch_shuffle<int64_t, Way::parts_to_whole>(call, rows);
   } else {

@@ -132,6 +132,8 @@ void shuffle_case(std::vector<int64_t> widths, int64_t images, int64_t area, int
 }
 
 void checks() {
+  now = "the width of indices";
+  check(cuda::fits_32_bits((int64_t{1} << 31) - 1) && !cuda::fits_32_bits(int64_t{1} << 31), "the wrong one");
   for (const bool wide : {false, true}) {
     shuffle_case<uint32_t>({12}, 2, 35, 3, false, 0, 2 * 12 * 2 * 35, wide);
     shuffle_case<uint32_t>({12}, 2, 36, 3, false, 0, 2 * 12 * 2 * 9, wide);
@@ -149,7 +151,8 @@ void checks() {
     shuffle_case<uint32_t>({6, 6}, 1, 9, 2, true, 0, 2 * 12 * 9 / 2, wide);
     shuffle_case<uint32_t>({8, 8}, 1, 5, 2, true, 2, 2 * 16 * 5 / 2, wide);
     shuffle_case<uint8_t>({32, 32}, 1, 5, 2, true, 0, 2 * 64 * 5 / 16, wide);
-    shuffle_case<uint16_t>({4, 8}, 1, 3, 2, true, 0, 0, wide);
+    shuffle_case<uint16_t>({4, 8}, 1, 3, 2, true, 0, 2 * 12 * 3 / 2, wide);
+    shuffle_case<uint64_t>({6}, 1, 3, 3, true, 0, 6 * 3 + 6 * 3 / 2, wide);
     shuffle_case<Bytes16>({3, 3}, 1, 5, 2, true, 0, 2 * 6 * 5, wide);
     shuffle_case<Bytes16>({4}, 2, 3, 2, false, 0, 2 * 4 * 2 * 3, wide);
     shuffle_case<uint64_t>({6}, 1, 3, 3, false, 0, 0, wide);
