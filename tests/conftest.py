@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ import torch
 
 from segfast import _backend
 
+sys.path[:0] = [str(Path(__file__).parent / "simt"), str(Path(__file__).parents[1] / "benchmarks")]
 EFFORT = os.environ.get("SEGFAST_EFFORT", "ci")
 if EFFORT not in ("ci", "full"):
     raise pytest.UsageError(f"SEGFAST_EFFORT: want ci or full, got {EFFORT!r}")
@@ -18,6 +21,13 @@ if EFFORT not in ("ci", "full"):
 def count(ci: int, full: int) -> int:
     """How many examples, runs or descriptors this effort asks for."""
     return full if EFFORT == "full" else ci
+
+
+def seed_of_commit() -> int:
+    """A number from the commit's hash: what ci effort draws differs from commit to commit and not from run to run."""
+    root = Path(__file__).resolve().parents[1]
+    done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=False)
+    return int(done.stdout[:8], 16) if done.returncode == 0 else 0
 
 
 def kernel_sets() -> list[str]:

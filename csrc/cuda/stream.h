@@ -1,10 +1,29 @@
 // The device and stream of a tensor, for launchers.
 #pragma once
 
-#include <cuda_runtime.h>
+#include "launch.cuh"
+#ifndef SEGFAST_SIMT
 #include <torch/csrc/stable/accelerator.h>
+#endif
 
 #include "../common.h"
+
+#ifdef SEGFAST_SIMT
+// Compiled for the host: the same launchers serve CPU tensors, in a namespace of the tests' own.
+#define SEGFAST_CUDA_LIBRARY(m) STABLE_TORCH_LIBRARY_IMPL(segfast_simt, CPU, m)
+
+namespace segfast::cuda {
+
+struct OnDevice {
+  explicit OnDevice(const Tensor&) {}
+  cudaStream_t stream() const { return nullptr; }
+};
+
+inline void check_launch(const char*) {}
+
+}  // namespace segfast::cuda
+#else
+#define SEGFAST_CUDA_LIBRARY(m) STABLE_TORCH_LIBRARY_IMPL(segfast, CUDA, m)
 
 // Weak: the symbol lives in libtorch_cuda, which a CPU-only PyTorch lacks, and a module built with FORCE_CUDA=1 loads there too.
 extern "C" __attribute__((weak, visibility("default"))) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index,
@@ -34,3 +53,4 @@ inline void check_launch(const char* op) {
 }
 
 }  // namespace segfast::cuda
+#endif

@@ -93,6 +93,16 @@ torch.library.define(
 for _op in ("ds_conv", "ds_conv_train", "ds_conv_backward"):
     _backend.register(_op)
 
+# The first half of the block alone, contiguous, on CUDA: act(scale * dw(x) + shift), and dw(x) + bias with its batch statistics.
+_DEPTHWISE = "SymInt[] stride, SymInt[] padding, SymInt[] dilation"
+torch.library.define(
+    "segfast::depthwise", f"(Tensor x, Tensor dw_weight, Tensor scale, Tensor shift, {_DEPTHWISE}, int act) -> Tensor"
+)
+torch.library.define(
+    "segfast::depthwise_train",
+    f"(Tensor x, Tensor dw_weight, Tensor? bias, {_DEPTHWISE}) -> (Tensor u, Tensor mean, Tensor var)",
+)
+
 
 def _output_size(x, dw_weight, stride, padding, dilation) -> tuple:
     return tuple((x[2 + i] + 2 * padding[i] - dilation[i] * (dw_weight[2 + i] - 1) - 1) // stride[i] + 1 for i in range(2))
@@ -132,6 +142,23 @@ def _(grad, x, u, z, dw_weight, *args):
         *(grad_x, grad_dw, x.new_empty(c), x.new_empty(c, dtype=dtype), x.new_empty(c, dtype=dtype)),
         *(grad_pw, x.new_empty(k), x.new_empty(k, dtype=dtype), x.new_empty(k, dtype=dtype)),
     )
+
+
+@torch.library.register_fake("segfast::depthwise")
+def _(x, dw_weight, scale, shift, stride, padding, dilation, act):
+    return x.new_empty((*x.shape[:2], *_output_size(x.shape, dw_weight.shape, stride, padding, dilation)))
+
+
+@torch.library.register_fake("segfast::depthwise_train")
+def _(x, dw_weight, bias, stride, padding, dilation):
+    u = x.new_empty((*x.shape[:2], *_output_size(x.shape, dw_weight.shape, stride, padding, dilation)))
+    mean, var = (x.new_empty(x.shape[1], dtype=_statistics_dtype(x)) for _ in range(2))
+    return u, mean, var
+
+
+@register_flop_formula([torch.ops.segfast.depthwise, torch.ops.segfast.depthwise_train])
+def _(x, dw_weight, *args, out_shape=None, **kwargs) -> int:
+    return conv_flop_count(x, dw_weight, out_shape if isinstance(out_shape[0], int) else out_shape[0])
 
 
 def _flops(x, dw_weight, pw_weight, y) -> int:
