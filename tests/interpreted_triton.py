@@ -1,0 +1,152 @@
+"""The Triton kernels in Triton's interpreter, registered as CPU kernels, under the rules that hold for every op.
+
+test_triton.py runs this file in a process of its own, with TRITON_INTERPRET=1 and SEGFAST_BACKEND=triton: the interpreter is
+chosen when a kernel is defined. The interpreter has no bfloat16 arithmetic to trust, so float32, float16 and float64 run here.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+
+import pytest
+import torch
+import triton
+from conftest import count
+from descriptors import DTYPES as NAMED
+from descriptors import build, draw
+from harness import OPS, check_rule, evaluate, record, relaid, same_bits, samples_of
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from triton.runtime import interpreter
+
+from segfast import _backend, ops, testing
+
+SCHEMAS = {
+    "channel_shuffle": ("channel_shuffle",),
+    "concat_shuffle": ("concat_shuffle", "concat_shuffle_backward"),
+}
+assert triton.knobs.runtime.interpret
+assert _backend.requested == "triton"
+library = torch.library.Library("segfast", "IMPL")
+calls = dict.fromkeys((schema for schemas in SCHEMAS.values() for schema in schemas), 0)
+interpreter.interpreter_builder.options = interpreter.InterpreterOptions(debug=True)  # an int32 that overflows raises
+
+
+def counted(schema, launcher):
+    def launch(*args):
+        calls[schema] += 1
+        return launcher(*args)
+
+    return launch
+
+
+for _op, _schemas in SCHEMAS.items():
+    _module = importlib.import_module(f"segfast.triton.{_op}")
+    for _schema in _schemas:
+        library.impl(_schema, counted(_schema, getattr(_module, _schema)), "CPU", allow_override=True)
+    _backend.table[_op]["cpu"] = "triton"
+
+DTYPES = (torch.float32, torch.float16, torch.float64)
+TRITON_OPS = [op for op in OPS if op in SCHEMAS]
+every_op = pytest.mark.parametrize("op", TRITON_OPS)
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+
+
+def some(op, dtype, most):
+    samples = [*samples_of(op, dtype), *EXTRA.get(op, lambda dtype: [])(dtype)]
+    return samples if most >= len(samples) else [samples[i * len(samples) // most] for i in range(most)]
+
+
+EXTRA = {}
+
+
+@every_op
+def test_every_schema_is_registered(op):
+    module = importlib.import_module(f"segfast.triton.{op}")
+    known = {s.name.removeprefix("segfast::") for s in torch._C._jit_get_all_schemas() if s.name.startswith("segfast::")}
+    assert {name for name in known if name.startswith(op) and hasattr(module, name)} >= set(SCHEMAS[op])
+
+
+@every_op
+@every_dtype
+def test_rule(op, dtype):
+    before = dict(calls)
+    for sample in some(op, dtype, 100 if dtype == torch.float32 else count(5, 100)):
+        check_rule(op, sample)
+    for schema in SCHEMAS[op]:
+        assert calls[schema] > before[schema], f"{schema}: its launcher never ran"
+
+
+@every_op
+@pytest.mark.parametrize("layout", testing.LAYOUTS)
+def test_layouts(op, layout):
+    for sample in some(op, torch.float32, count(2, 6)):
+        check_rule(op, relaid(sample, layout))
+
+
+@every_op
+def test_drawn(op):
+    @settings(
+        max_examples=count(8, 300),
+        derandomize=True,
+        deadline=None,
+        database=None,
+        print_blob=False,
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(st.data())
+    def check(data):
+        integer = lambda low, high: data.draw(st.integers(low, high))  # noqa: E731
+        choice = lambda values: data.draw(st.sampled_from(list(values)))  # noqa: E731
+        descriptor = draw(op, integer, choice)
+        if descriptor["dtype"] == "bfloat16":
+            descriptor["dtype"] = "float16"
+        assert NAMED[descriptor["dtype"]] in DTYPES
+        check_rule(op, build(op, descriptor))
+
+    check()
+
+
+@every_op
+def test_reads_nothing_outside(op):
+    """The interpreter loads out of bounds without a word: here every input lies in NaNs, and torch.empty is NaN too."""
+    for sample in some(op, torch.float32, count(4, 100)):
+        expected = evaluate(getattr(ops, op), sample)
+
+        def padded(x):
+            if not isinstance(x, torch.Tensor) or not x.is_floating_point() or x.numel() == 0:
+                return x
+            extent = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride()))
+            around = x.new_full((extent + 512,), float("nan"))
+            return around[256 : 256 + extent].as_strided(x.shape, x.stride()).copy_(x)
+
+        function = getattr(ops, op)
+        inside = lambda *args, **kwargs: function(  # noqa: E731
+            *torch.utils._pytree.tree_map(padded, args), **torch.utils._pytree.tree_map(padded, kwargs)
+        )
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        actual = evaluate(inside, sample)
+        torch.use_deterministic_algorithms(False)
+        for a, e in zip(actual.outputs + actual.grads, expected.outputs + expected.grads, strict=True):
+            assert same_bits(a, e), f"{op} {sample}"
+
+
+@every_op
+def test_opcheck(op):
+    for sample in some(op, torch.float32, count(2, 20)):
+        for raw, args, kwargs in record(getattr(ops, op), sample).calls:
+            torch.library.opcheck(raw, args, kwargs, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_the_interpreter_catches_overflow():
+    x = torch.zeros(8, dtype=torch.int32)
+
+    @triton.jit
+    def square(pointer):
+        triton.language.store(pointer, triton.language.load(pointer) * triton.language.load(pointer))
+
+    x[0] = 1 << 20
+    with pytest.raises(interpreter.InterpreterError, match="overflow"):
+        square[(1,)](x)
+    assert os.environ["TRITON_INTERPRET"] == "1"
