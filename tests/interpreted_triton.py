@@ -26,6 +26,7 @@ SCHEMAS = {
     "channel_shuffle": ("channel_shuffle",),
     "concat_shuffle": ("concat_shuffle", "concat_shuffle_backward"),
     "pixelwise_kl": ("pixelwise_kl",),
+    "ds_conv": ("ds_conv", "ds_conv_train", "ds_conv_backward"),
 }
 # A teacher that wants a gradient gets its reference: only the student's comes from the kernel.
 INPUTS = {"pixelwise_kl": [0]}
@@ -50,10 +51,37 @@ for _op, _schemas in SCHEMAS.items():
         library.impl(_schema, counted(_schema, getattr(_module, _schema)), "CPU", allow_override=True)
     _backend.table[_op]["cpu"] = "triton"
 
+ds_conv = importlib.import_module("segfast.triton.ds_conv")
+ds_conv.PARTS, ds_conv.WEIGHT_PARTS = 3, 2  # several tiles a program, several programs, at sizes that an interpreter can do
+
 DTYPES = (torch.float32, torch.float16, torch.float64)
 TRITON_OPS = [op for op in OPS if op in SCHEMAS]
 every_op = pytest.mark.parametrize("op", TRITON_OPS)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+
+
+def blocks(dtype):
+    """ds_conv has no samples in segfast/testing.py: these go through its descriptors."""
+    name = next(name for name, kind in NAMED.items() if kind == dtype)
+    base = {
+        "size": [2, 19, 7, 5], "out_channels": 35, "kernel": 3, "stride": 1, "padding": None, "dilation": 1, "dw_act": "relu",
+        "act": "relu", "dw_bn": True, "pw_bn": True, "bias": False, "training": False, "dtype": name, "layout": "channels_last",
+        "seed": 1,
+    }  # fmt: skip
+    for change in (
+        {},
+        {"training": True},
+        {"training": True, "stride": 2, "layout": "contiguous", "bias": True},
+        {"stride": 2, "kernel": 5, "dilation": 2, "padding": 2, "size": [1, 40, 11, 12], "act": "hardswish", "bias": True},
+        {"out_channels": 130, "dw_act": "silu", "act": None, "dw_bn": False, "size": [1, 33, 5, 6]},
+        {"training": True, "out_channels": 130, "dw_act": "hardswish", "act": "silu", "size": [2, 33, 5, 6], "pw_bn": False},
+        {"training": True, "kernel": 1, "dw_act": "relu6", "act": "relu6", "size": [3, 5, 10, 9], "layout": "strided"},
+        {"training": True, "dw_act": "relu", "act": None, "size": [2, 4, 17, 15], "out_channels": 3, "kernel": 1, "stride": 2},
+    ):
+        yield build("ds_conv", {**base, **change})
+
+
+EXTRA = {"ds_conv": blocks}
 
 
 def some(op, dtype, most):
@@ -61,15 +89,13 @@ def some(op, dtype, most):
     return samples if most >= len(samples) else [samples[i * len(samples) // most] for i in range(most)]
 
 
-EXTRA = {}
-
-
 @every_op
 @every_dtype
 def test_rule(op, dtype):
     before = dict(calls)
-    for sample in some(op, dtype, 100 if dtype == torch.float32 else count(5, 100)):
+    for sample in some(op, dtype, 100 if dtype == torch.float32 else count(3, 100)):
         check_rule(op, sample, INPUTS.get(op))
+        check_rule(op, sample, [])
     for schema in SCHEMAS[op]:
         assert calls[schema] > before[schema], f"{schema}: its launcher never ran"
 
@@ -84,7 +110,7 @@ def test_layouts(op, layout):
 @every_op
 def test_drawn(op):
     @settings(
-        max_examples=count(8, 300),
+        max_examples=count(3 if op == "ds_conv" else 8, 300),
         derandomize=True,
         deadline=None,
         database=None,
@@ -107,7 +133,7 @@ def test_drawn(op):
 @every_op
 def test_reads_nothing_outside(op):
     """The interpreter loads out of bounds without a word: here every input lies in NaNs, and torch.empty is NaN too."""
-    for sample in some(op, torch.float32, count(4, 100)):
+    for sample in some(op, torch.float32, count(3, 100)):
         expected = evaluate(getattr(ops, op), sample, INPUTS.get(op))
 
         def padded(x):
@@ -126,6 +152,15 @@ def test_reads_nothing_outside(op):
         torch.use_deterministic_algorithms(False)
         for a, e in zip(actual.outputs + actual.grads, expected.outputs + expected.grads, strict=True):
             assert same_bits(a, e), f"{op} {sample}"
+
+
+@pytest.mark.parametrize("how", ("fused", "two kernels", "convolutions"))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float16), ids=("float32", "float16"))
+def test_ds_conv_every_plan(how, dtype, monkeypatch):
+    monkeypatch.setattr(ds_conv, "plan", lambda *sizes: how)
+    for sample in list(blocks(dtype))[: count(5, 8)]:
+        if not sample.kwargs["training"]:
+            check_rule("ds_conv", sample, [])
 
 
 @every_op

@@ -16,10 +16,10 @@ from segfast import _backend
 
 CONFIGS = {
     "planes": {"BLOCK_PIXELS": 256, "BLOCK_CLASSES": 1, "num_warps": 4},
-    "channels_last_32": {"BLOCK_PIXELS": 64, "BLOCK_CLASSES": 32, "num_warps": 4},
-    "channels_last_64": {"BLOCK_PIXELS": 32, "BLOCK_CLASSES": 64, "num_warps": 4},
+    "channels_last_32": {"BLOCK_PIXELS": 16, "BLOCK_CLASSES": 32, "num_warps": 4},
+    "channels_last_64": {"BLOCK_PIXELS": 8, "BLOCK_CLASSES": 64, "num_warps": 4},
     "planes_float64": {"BLOCK_PIXELS": 128, "BLOCK_CLASSES": 1, "num_warps": 4},
-    "channels_last_float64": {"BLOCK_PIXELS": 32, "BLOCK_CLASSES": 32, "num_warps": 4},
+    "channels_last_float64": {"BLOCK_PIXELS": 16, "BLOCK_CLASSES": 32, "num_warps": 4},
     "total": {"BLOCK": 1024, "num_warps": 4},
 }
 NONE, MEAN, SUM, BATCHMEAN = range(4)
