@@ -15,7 +15,7 @@ import triton
 from conftest import count
 from descriptors import DTYPES as NAMED
 from descriptors import build, draw
-from harness import OPS, check_rule, evaluate, record, relaid, same_bits, samples_of
+from harness import OPS, check_rule, evaluate, record, reference_only, relaid, same_bits, samples_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from triton.runtime import interpreter
@@ -26,6 +26,8 @@ SCHEMAS = {
     "channel_shuffle": ("channel_shuffle",),
     "concat_shuffle": ("concat_shuffle", "concat_shuffle_backward"),
     "pixelwise_kl": ("pixelwise_kl",),
+    "pairwise_loss": ("pairwise_loss", "pairwise_loss_backward"),
+    "pairwise_cosine": ("pairwise_cosine", "pairwise_cosine_backward"),
     "ds_conv": ("ds_conv", "ds_conv_train", "ds_conv_backward"),
 }
 # A teacher that wants a gradient gets its reference: only the student's comes from the kernel.
@@ -51,6 +53,7 @@ for _op, _schemas in SCHEMAS.items():
         library.impl(_schema, counted(_schema, getattr(_module, _schema)), "CPU", allow_override=True)
     _backend.table[_op]["cpu"] = "triton"
 
+pairwise_loss = importlib.import_module("segfast.triton.pairwise_loss")
 ds_conv = importlib.import_module("segfast.triton.ds_conv")
 ds_conv.PARTS, ds_conv.WEIGHT_PARTS = 3, 2  # several tiles a program, several programs, at sizes that an interpreter can do
 
@@ -152,6 +155,45 @@ def test_reads_nothing_outside(op):
         torch.use_deterministic_algorithms(False)
         for a, e in zip(actual.outputs + actual.grads, expected.outputs + expected.grads, strict=True):
             assert same_bits(a, e), f"{op} {sample}"
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float16), ids=("float32", "float16"))
+def test_pairwise_loss_without_fast_float64(dtype, monkeypatch):
+    """The tiled direct form, for nodes more and fewer than channels, and for several chunks of the Gram form."""
+    monkeypatch.setattr(pairwise_loss, "has_fast_float64", lambda device: False)
+    for sample in samples_of("pairwise_loss", dtype):
+        check_rule("pairwise_loss", sample)
+    x = testing.tensor(2, 70, 5, 9, dtype=dtype, device=torch.device("cpu"))
+    y = testing.tensor(2, 35, 5, 9, dtype=dtype, device=torch.device("cpu"), seed=1)
+    for detach in (False, True):
+        check_rule("pairwise_loss", testing.Sample("tiles", (x, y), {"node_size": 1, "detach_norm": detach}), [0])
+
+
+def test_pairwise_loss_in_chunks(monkeypatch):
+    monkeypatch.setattr(pairwise_loss, "CHUNK", 1)
+    x = testing.tensor(1, 3, 20, 15, dtype=torch.float32, device=torch.device("cpu"))
+    y = testing.tensor(1, 4, 20, 15, dtype=torch.float32, device=torch.device("cpu"), seed=1)
+    assert len(pairwise_loss.chunks(x.flatten(2), y.flatten(2))) == 2
+    check_rule("pairwise_loss", testing.Sample("chunks", (x, y), {"node_size": 1}))
+
+
+@pytest.mark.parametrize("student", ("aligned", "rotated", "permuted"))
+def test_pairwise_loss_near_the_teacher(student):
+    """Relative error 1e-5 where loss / ||G||^2 is 1e-9: the Gram form's products are float64."""
+    generator = torch.Generator().manual_seed(0)
+    teacher = torch.randn(1, 8, 8, 8, generator=generator, dtype=torch.float64)
+    near = teacher + 2e-5 * torch.randn(teacher.shape, generator=generator, dtype=torch.float64)
+    if student == "rotated":
+        rotation = torch.linalg.qr(torch.randn(8, 8, generator=generator, dtype=torch.float64)).Q
+        near = torch.einsum("dc,nchw->ndhw", rotation, near)
+    if student == "permuted":
+        near = near[:, torch.randperm(8, generator=generator)]
+    near, teacher = near.float(), teacher.float()
+    with torch.no_grad():
+        loss = ops.pairwise_loss(near, teacher, node_size=1)
+        with reference_only():
+            exact = ops.pairwise_loss(near.double(), teacher.double(), node_size=1)
+    assert abs(loss.item() - exact.item()) <= 1e-5 * exact.item()
 
 
 @pytest.mark.parametrize("how", ("fused", "two kernels", "convolutions"))
