@@ -179,7 +179,70 @@ def ds_conv_cases():
                 yield f"ds_conv_backward-{name}", lambda run=run, a=backward: run("ds_conv_backward", *a)
 
 
-CASES = (shuffle_cases, pixelwise_cases, ds_conv_cases)
+def pairwise_cases():
+    from segfast.triton import pairwise_loss as module
+
+    for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
+        s, t = (torch.empty(2, c, 2048, dtype=dtype, device=META) for c in (128, 256))
+        few = torch.empty(2, 128, 64, dtype=dtype, device=META)
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        grad = torch.empty((), dtype=wide, device=META)
+        name = str(dtype).removeprefix("torch.")
+
+        def both(s, t, gram, fast, grad=grad):
+            kept = module.has_fast_float64
+            module.has_fast_float64 = lambda device: fast
+            try:
+                _, saved = module.pairwise_loss(s, t, 1e-8, gram)
+                module.pairwise_loss_backward(grad, s, t, saved, 1e-8, gram, False)
+            finally:
+                module.has_fast_float64 = kept
+
+        yield f"pairwise_loss-{name}-gram", lambda s=s, t=t, both=both: both(s, t, True, True)
+        yield f"pairwise_loss-{name}-direct", lambda few=few, both=both: both(few, few, False, True)
+        if dtype != torch.float64:
+            yield f"pairwise_loss-{name}-tiled", lambda s=s, t=t, both=both: both(s, t, True, False)
+        square = torch.empty(2, 2048, 2048, dtype=dtype, device=META)
+        yield f"pairwise_cosine-{name}", lambda s=s: launcher("pairwise_cosine")(s, 1e-8)
+        backward = launcher("pairwise_cosine", "pairwise_cosine_backward")
+        yield f"pairwise_cosine_backward-{name}", lambda s=s, square=square, backward=backward: backward(square, s, 1e-8)
+
+
+def one_cases():
+    """Sizes of one: Triton makes them constants, which the interpreter does not."""
+    from segfast.triton import ds_conv as module
+    from segfast.triton import pairwise_loss as loss
+
+    one, pair = feature_map(1, 1, 1, 1, torch.float32), feature_map(2, 1, 1, 1, torch.float32)
+    node, grad = torch.empty(1, 1, 1, device=META), torch.empty((), device=META)
+    vector = [torch.empty(1, device=META) for _ in range(4)]
+    weight = torch.empty(1, 1, 1, 1, device=META)
+    options = (1, 1), (0, 0), (1, 1), 1, 1
+    train = None, None, *vector[2:], 1e-5
+    yield "ones-channel_shuffle", lambda: launcher("channel_shuffle")(one, 1)
+    yield "ones-concat_shuffle", lambda: launcher("concat_shuffle")([one, one], 2)
+    yield "ones-pixelwise_kl", lambda: launcher("pixelwise_kl")(one, one, None, 1.0, 1, True)
+    for fast in (True, False):
+
+        def losses(fast=fast):
+            kept, loss.has_fast_float64 = loss.has_fast_float64, lambda device: fast
+            try:
+                for gram in (True, False):
+                    loss.pairwise_loss_backward(grad, node, node, None, 1e-8, gram, False)
+            finally:
+                loss.has_fast_float64 = kept
+
+        yield f"ones-pairwise_loss-{'float64' if fast else 'tiled'}", losses
+    yield "ones-pairwise_cosine", lambda: launcher("pairwise_cosine", "pairwise_cosine_backward")(node, node, 1e-8)
+    yield "ones-ds_conv", lambda: module.ds_conv(one, weight, None, *vector, 1e-5, weight, None, *vector, 1e-5, *options)
+    yield "ones-ds_conv_train", lambda: module.ds_conv_train(pair, weight, None, *train, weight, None, *train, *options)
+    for batch in (True, False):
+        statistics = *vector, 1e-5, batch
+        backward = pair, pair, pair, pair, weight, *statistics, weight, *statistics, *options, True
+        yield f"ones-ds_conv_backward-{batch}", lambda backward=backward: module.ds_conv_backward(*backward)
+
+
+CASES = (shuffle_cases, pixelwise_cases, ds_conv_cases, pairwise_cases, one_cases)
 
 
 def launches(select: str = ""):

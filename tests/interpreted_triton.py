@@ -18,6 +18,7 @@ from descriptors import build, draw
 from harness import OPS, check_rule, evaluate, record, reference_only, relaid, same_bits, samples_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch.utils._pytree import tree_map
 from triton.runtime import interpreter
 
 from segfast import _backend, ops, testing
@@ -146,10 +147,10 @@ def test_reads_nothing_outside(op):
             around = x.new_full((extent + 512,), float("nan"))
             return around[256 : 256 + extent].as_strided(x.shape, x.stride()).copy_(x)
 
-        function = getattr(ops, op)
-        inside = lambda *args, **kwargs: function(  # noqa: E731
-            *torch.utils._pytree.tree_map(padded, args), **torch.utils._pytree.tree_map(padded, kwargs)
-        )
+        def inside(*args, **kwargs):
+            args, kwargs = tree_map(padded, (args, kwargs))
+            return getattr(ops, op)(*args, **kwargs)
+
         torch.use_deterministic_algorithms(True, warn_only=True)
         actual = evaluate(inside, sample, INPUTS.get(op))
         torch.use_deterministic_algorithms(False)

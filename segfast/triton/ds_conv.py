@@ -19,11 +19,11 @@ from segfast import _backend
 
 # Tiles by what a product multiplies. BLOCK_OUT shrinks to C_out.
 CONFIGS = {
-    "ieee": {"BLOCK_PIXELS": 32, "BLOCK_CHANNELS": 32, "BLOCK_OUT": 32, "num_warps": 4, "num_stages": 1},
+    "ieee": {"BLOCK_PIXELS": 32, "BLOCK_CHANNELS": 16, "BLOCK_OUT": 32, "num_warps": 4, "num_stages": 1},
     "tf32": {"BLOCK_PIXELS": 64, "BLOCK_CHANNELS": 32, "BLOCK_OUT": 64, "num_warps": 4, "num_stages": 2},
     torch.float16: {"BLOCK_PIXELS": 64, "BLOCK_CHANNELS": 32, "BLOCK_OUT": 128, "num_warps": 4, "num_stages": 2},
     torch.bfloat16: {"BLOCK_PIXELS": 64, "BLOCK_CHANNELS": 32, "BLOCK_OUT": 128, "num_warps": 4, "num_stages": 2},
-    torch.float64: {"BLOCK_PIXELS": 16, "BLOCK_CHANNELS": 16, "BLOCK_OUT": 16, "num_warps": 4, "num_stages": 1},
+    torch.float64: {"BLOCK_PIXELS": 16, "BLOCK_CHANNELS": 16, "BLOCK_OUT": 16, "num_warps": 2, "num_stages": 1},
 }
 ELEMENTWISE = {"BLOCK_PIXELS": 32, "BLOCK_CHANNELS": 32, "num_warps": 4}
 COMBINE = {"BLOCK_PARTS": 64, "BLOCK_CHANNELS": 16, "num_warps": 4}
@@ -137,12 +137,8 @@ def inference(
             v = activate(v * scale[None, :] + shift[None, :], DW_ACT)
             v = tl.where(inside[None, :], v, 0.0)
         else:
-            v = tl.load(
-                x + pixel[:, None] * c + channel[None, :], mask=present[:, None] & inside[None, :], other=0.0
-            ).to(ACC)
-        matrix = tl.load(
-            pw_weight + out[None, :] * c + channel[:, None], mask=kept[None, :] & inside[:, None], other=0.0
-        )
+            v = tl.load(x + pixel[:, None] * c + channel[None, :], mask=present[:, None] & inside[None, :], other=0.0).to(ACC)
+        matrix = tl.load(pw_weight + out[None, :] * c + channel[:, None], mask=kept[None, :] & inside[:, None], other=0.0)
         acc = tl.dot(v.to(DOT), matrix.to(DOT), acc, input_precision=PRECISION, out_dtype=ACC)
     scale, shift = fold(pw_mean, pw_var, pw_gamma, pw_beta, out, kept, PW_EPS, ACC)
     shift += optional(pw_bias, out, kept, 0.0, ACC) * scale
@@ -179,7 +175,9 @@ def depthwise(
         stored = v.to(u.dtype.element_ty)
         tl.store(u + pixel[:, None] * c + channel[None, :], stored, mask=present[:, None] & inside[None, :])
         if STATISTICS:
-            moment, square, before = add_moments(stored.to(ACC), present, pixels - start, moment, square, before, ACC, BLOCK_PIXELS)
+            moment, square, before = add_moments(
+                stored.to(ACC), present, pixels - start, moment, square, before, ACC, BLOCK_PIXELS
+            )
     if STATISTICS:
         tl.store(means + program * c + channel, moment, mask=inside)
         tl.store(squares + program * c + channel, square, mask=inside)
@@ -229,7 +227,9 @@ def pointwise(
         stored = (acc + optional(bias, out, kept, 0.0, ACC)[None, :]).to(z.dtype.element_ty)
         tl.store(z + pixel[:, None] * k + out[None, :], stored, mask=present[:, None] & kept[None, :])
         if STATISTICS:
-            moment, square, before = add_moments(stored.to(ACC), present, pixels - start, moment, square, before, ACC, BLOCK_PIXELS)
+            moment, square, before = add_moments(
+                stored.to(ACC), present, pixels - start, moment, square, before, ACC, BLOCK_PIXELS
+            )
     if STATISTICS:
         tl.store(means + program * k + out, moment, mask=kept)
         tl.store(squares + program * k + out, square, mask=kept)
@@ -246,7 +246,7 @@ def combine_moments(means, squares, mean, var, pixels, size, parts, c, BLOCK_PAR
         there = (part < parts)[:, None] & inside[None, :]
         number = tl.maximum(tl.minimum(pixels - part * size, size), 0).to(tl.float64)
         sums += tl.load(means + part[:, None] * c + channel[None, :], mask=there, other=0.0).to(tl.float64) * number[:, None]
-    centre = tl.sum(sums, 0) / pixels.to(tl.float64)
+    centre = tl.sum(sums, 0) / tl.cast(pixels, tl.float64)
     sums = tl.zeros((BLOCK_PARTS, BLOCK_CHANNELS), tl.float64)
     for first in range(0, parts, BLOCK_PARTS):
         part = first + tl.arange(0, BLOCK_PARTS).to(tl.int64)
@@ -256,7 +256,7 @@ def combine_moments(means, squares, mean, var, pixels, size, parts, c, BLOCK_PAR
         within = tl.load(squares + part[:, None] * c + channel[None, :], mask=there, other=0.0).to(tl.float64)
         sums += tl.where(there, within + delta * delta * number[:, None], 0.0)
     tl.store(mean + channel, centre.to(mean.dtype.element_ty), mask=inside)
-    tl.store(var + channel, (tl.sum(sums, 0) / pixels.to(tl.float64)).to(var.dtype.element_ty), mask=inside)
+    tl.store(var + channel, (tl.sum(sums, 0) / tl.cast(pixels, tl.float64)).to(var.dtype.element_ty), mask=inside)
 
 
 # y = act(bn(z))
@@ -324,7 +324,7 @@ def combine_gradients(
     tl.store(grad_beta + channel, beta.to(grad_beta.dtype.element_ty), mask=inside)
     tl.store(grad_gamma + channel, (along * inverse).to(grad_gamma.dtype.element_ty), mask=inside)
     if BATCH:
-        number = pixels.to(tl.float64)
+        number = tl.cast(pixels, tl.float64)
         bias = tl.zeros((BLOCK_CHANNELS,), tl.float64)
         tl.store(center + channel, (beta / number).to(center.dtype.element_ty), mask=inside)
         tl.store(slope + channel, (along * inverse * inverse / number).to(slope.dtype.element_ty), mask=inside)
@@ -502,7 +502,8 @@ def plan(n: int, c: int, k: int, h: int, w: int, oh: int, ow: int, taps: int, el
     """How to run the block for inference: "fused", "two kernels" or "convolutions" (ATen's, cuDNN).
 
     Microseconds of a GPU of 2 TB/s DRAM, 6 TB/s L2, 15 TFLOP/s for the depthwise sums and, for products, 100 TFLOP/s in 16 bits
-    and 40 otherwise, of which these kernels are given 60 % and cuBLAS 85 %; 2 us a launch. Only ratios matter. The fused kernel
+    and 40 otherwise, of which these kernels are given 60 % and cuBLAS 85 %; 2 us a launch;
+    within a kernel, other programs' memory traffic hides behind arithmetic. Only ratios matter. The fused kernel
     reads A and writes D, but makes the depthwise result once for every tile of C_out, from the L2 cache; two kernels move 2 B
     more; convolutions move B and D once more for BatchNorm and activation, and pay six launches.
     """
@@ -510,7 +511,7 @@ def plan(n: int, c: int, k: int, h: int, w: int, oh: int, ow: int, taps: int, el
     times = -(-k // block_out)
     products = 2 * n * oh * ow * c * k / (100e6 if element_size == 2 else 40e6)
     sums = 2 * n * oh * ow * c * taps / 15e6
-    fused = 2 + max((a + d) / 2e6, times * a / 6e6) + times * sums + products / 0.6
+    fused = 2 + max((a + d) / 2e6, times * a / 6e6, times * sums + products / 0.6)
     two = 4 + max((a + b) / 2e6, sums) + max((b + d) / 2e6, products / 0.6)
     convolutions = 12 + max((a + b) / 2e6, sums) + max((b + d) / 2e6, products / 0.85) + 2 * (b + d) / 2e6
     return min((fused, "fused"), (two, "two kernels"), (convolutions, "convolutions"))[1]
@@ -560,9 +561,9 @@ def ds_conv(
     pw_weight, pw_bias, pw_mean, pw_var, pw_gamma, pw_beta, pw_eps, stride, padding, dilation, dw_act, act,
 ):  # fmt: skip
     s = Shape(x, dw_weight, pw_weight, stride, padding, dilation)
-    how = plan(
-        s.n, s.c, s.k, s.h, s.w, s.oh, s.ow, s.geometry["KH"] * s.geometry["KW"], x.element_size(), s.tile["BLOCK_OUT"]
-    )
+    how = plan(s.n, s.c, s.k, s.h, s.w, s.oh, s.ow, s.geometry["KH"] * s.geometry["KW"], x.element_size(), s.tile["BLOCK_OUT"])
+    if s.wide and how == "fused":
+        how = "two kernels"  # float64 addresses, sums and tiles in one kernel spill on Ampere
     if how == "convolutions":
         u = F.conv2d(x, dw_weight, dw_bias, stride, padding, dilation, s.c)
         u = batch_norm(u, dw_mean, dw_var, dw_gamma, dw_beta, dw_eps, dw_act)
@@ -607,7 +608,9 @@ def ds_conv_train(
     source, dw, pw = rows(x), dw_weight.contiguous(), pw_weight.contiguous()
     u, z, y = (x.new_empty((s.n, s.oh, s.ow, channels)) for channels in (s.c, s.k, s.k))
     one, two = (
-        [x.new_empty(size, dtype=s.statistics) for _ in "mv"] if mean is None else [t.to(s.statistics, copy=True) for t in (mean, var)]
+        [x.new_empty(size, dtype=s.statistics) for _ in "mv"]
+        if mean is None
+        else [t.to(s.statistics, copy=True) for t in (mean, var)]
         for mean, var, size in ((dw_mean, dw_var, s.c), (pw_mean, pw_var, s.k))
     )
     if s.pixels == 0 or s.k == 0:

@@ -1,4 +1,4 @@
-"""Cosine similarities in Triton and ATen: a kernel normalises the nodes, cuBLAS multiplies them, a kernel undoes it in the gradient."""
+"""Cosine similarities in Triton and ATen: a kernel normalises the nodes, cuBLAS multiplies, a kernel undoes the first."""
 
 import torch
 import triton
@@ -91,7 +91,9 @@ def normalise(x: Tensor, y: Tensor, eps: float, first_channel: int, padded: int,
         )  # fmt: skip
 
 
-def undo(x: Tensor, g: Tensor, out: Tensor, grad: Tensor | None, eps: float, factor: float, detach: bool, first_node: int) -> None:
+def undo(
+    x: Tensor, g: Tensor, out: Tensor, grad: Tensor | None, eps: float, factor: float, detach: bool, first_node: int
+) -> None:
     """Writes the gradient of nodes [first_node, ...) of x into `out`, from that of their unit vectors."""
     nodes = g.shape[2]
     blocks = triton.cdiv(nodes, CONFIG["BLOCK_NODES"])

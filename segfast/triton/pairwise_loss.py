@@ -14,7 +14,7 @@ from segfast.triton.pairwise_cosine import gradient_like, normalise, undo
 
 CHUNK = 1 << 22  # elements of normalised features at a time in the Gram form
 SQUARES = {"BLOCK": 1024, "STEPS": 8, "num_warps": 4}
-TILE = {"BLOCK_NODES": 32, "BLOCK_CHANNELS": 32, "num_warps": 4, "num_stages": 2}
+TILE = {"BLOCK_NODES": 32, "BLOCK_CHANNELS": 16, "num_warps": 4, "num_stages": 2}
 
 
 def has_fast_float64(device: torch.device) -> bool:
@@ -24,8 +24,8 @@ def has_fast_float64(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) in ((6, 0), (7, 0), (8, 0), (9, 0), (10, 0))
 
 
-# partial[program] = weight(column) * sum of x^2 over BLOCK * STEPS elements of a matrix of `columns` columns; the weight is 1, and
-# -2 from column `split` on.
+# partial[program] = weight(column) * sum of x^2 over BLOCK * STEPS elements of a matrix of `columns` columns; the weight is 1,
+# and -2 from column `split` on.
 @triton.jit
 def squares(x, partial, total, columns, split, BLOCK: tl.constexpr, STEPS: tl.constexpr):
     program = tl.program_id(0).to(tl.int64)
@@ -45,7 +45,7 @@ def finish(partial, loss, parts, pairs, BLOCK: tl.constexpr):
         acc += tl.load(partial + index, mask=index < parts, other=0.0)
     total = tl.sum(acc, 0)
     total = tl.where(total < 0, 0.0, total)  # rounding, where student and teacher are the same
-    tl.store(loss, (total / pairs.to(tl.float64)).to(loss.dtype.element_ty))
+    tl.store(loss, (total / tl.cast(pairs, tl.float64)).to(loss.dtype.element_ty))
 
 
 @triton.jit
@@ -202,10 +202,10 @@ def pairwise_loss_backward(
     if tiled(student, teacher):
         one, two = (unit_vectors_of(x, eps, torch.float32) for x in (student, teacher))
         g = torch.empty_like(one)
-        tiles, channel_blocks = triton.cdiv(nodes, TILE["BLOCK_NODES"]), triton.cdiv(c, 64)
+        tiles, channel_blocks = triton.cdiv(nodes, TILE["BLOCK_NODES"]), triton.cdiv(c, 32)
         with torch.cuda.device_of(student):
             direct_gradient[(n * tiles * channel_blocks,)](
-                one, two, g, nodes, c, teacher.shape[1], tiles, channel_blocks, BLOCK_OUT=64, **TILE
+                one, two, g, nodes, c, teacher.shape[1], tiles, channel_blocks, BLOCK_OUT=32, **TILE
             )
         undo(student, g, out, grad, eps, factor, detach_norm, 0)
         return out

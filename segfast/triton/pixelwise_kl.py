@@ -34,7 +34,7 @@ def config(channels_last: bool, classes: int, wide: bool) -> dict[str, int]:
 @triton.jit
 def scaled(pointer, inside, temperature, ACC: tl.constexpr):
     x = tl.load(pointer, mask=inside, other=float("-inf")).to(ACC)
-    return tl.div_rn(x, temperature) if ACC == tl.float32 else x / temperature
+    return tl.div_rn(x, temperature) if tl.float32 == ACC else x / temperature
 
 
 # With e = exp(x - max), Z = sum e and D = sum e_t ((t - max t) - (s - max s)):  KL = D / Z_t + log(Z_s / Z_t), and the gradient
@@ -118,7 +118,7 @@ def total(partial, divisor, loss, scale, count, REDUCED: tl.constexpr, BLOCK: tl
 
 def logits(x: Tensor) -> tuple[Tensor, bool, tuple[int, int, int]]:
     """Dense logits, whether their classes are contiguous, and the strides of images, classes and pixels."""
-    n, c, h, w = x.shape
+    _, c, h, w = x.shape
     if _backend.layout(x) == torch.channels_last:
         return x.permute(0, 2, 3, 1).contiguous(), True, (c * h * w, 1, c)
     return x.contiguous(), False, (c * h * w, h * w, 1)
