@@ -246,42 +246,36 @@ CASES = (shuffle_cases, pixelwise_cases, ds_conv_cases, pairwise_cases, one_case
 
 
 def launches(select: str = ""):
-    """(name, kernel, arguments, options) of every kernel that a case launches."""
+    """(name, kernel, arguments, options) of every kernel that a case launches; a specialisation once, under its first name."""
+    seen = set()
     for cases in CASES:
         for case, call in cases():
-            if not re.search(select, case):
-                continue
             with recorded_launches() as recorded:
                 call()
             for number, (kernel, bound, options) in enumerate(recorded):
-                yield f"{case}/{number}-{kernel.__name__}", kernel, bound, options
+                key = source(kernel, bound).hash(), tuple(sorted(options.items()))
+                if key not in seen and re.search(select, case):
+                    yield f"{case}/{number}-{kernel.__name__}", kernel, bound, options
+                seen.add(key)
 
 
 def triton_table(targets=TARGETS, select: str = "") -> dict[str, dict[str, dict[str, int]]]:
-    """{case/kernel: {"sm_80": {registers, ...}}}; kernels that compile to one specialisation are compiled once."""
-    table: dict[str, dict[str, dict[str, int]]] = {}
-    done: dict[str, dict[str, int]] = {}
-    for name, kernel, bound, options in launches(select):
-        for architecture in targets:
-            key = f"{source(kernel, bound).hash()} {sorted(options.items())} {architecture}"
-            if key not in done:
-                done[key] = resources(kernel, bound, options, architecture)
-            table.setdefault(name, {})[f"sm_{architecture}"] = done[key]
-    return table
+    """{case/kernel: {"sm_80": {registers, ...}}}"""
+    return {
+        name: {f"sm_{architecture}": resources(kernel, bound, options, architecture) for architecture in targets}
+        for name, kernel, bound, options in launches(select)
+    }
 
 
 def compile_for_hip(architecture: str = "gfx942", select: str = "") -> dict[str, str]:
     """{case/kernel: "compiles" or the error}"""
-    outcome, done = {}, {}
+    outcome = {}
     for name, kernel, bound, options in launches(select):
-        key = f"{source(kernel, bound).hash()} {sorted(options.items())}"
-        if key not in done:
-            try:
-                triton.compile(source(kernel, bound), target=GPUTarget("hip", architecture, 64), options=options)
-                done[key] = "compiles"
-            except Exception as error:
-                done[key] = repr(error)
-        outcome[name] = done[key]
+        try:
+            triton.compile(source(kernel, bound), target=GPUTarget("hip", architecture, 64), options=options)
+            outcome[name] = "compiles"
+        except Exception as error:
+            outcome[name] = repr(error)
     return outcome
 
 
