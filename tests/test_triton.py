@@ -28,8 +28,7 @@ def test_interpreted():
     """tests/interpreted_triton.py, in a process of its own."""
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", str(HERE / "interpreted_triton.py")],
-        env={**os.environ, "TRITON_INTERPRET": "1", "SEGFAST_BACKEND": "triton"},
-        cwd=HERE,
+        env={**os.environ, "TRITON_INTERPRET": "1", "SEGFAST_BACKEND": "triton", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         check=False,
