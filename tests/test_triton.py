@@ -20,6 +20,10 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 
 
+# Two pools of threads, PyTorch's and NumPy's, that spin on tiny arrays would take three times as long as one thread.
+THREADS = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+
+
 def triton_version() -> str:
     return ".".join(version("triton").split(".")[:2])
 
@@ -28,7 +32,7 @@ def test_interpreted():
     """tests/interpreted_triton.py, in a process of its own."""
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", str(HERE / "interpreted_triton.py")],
-        env={**os.environ, "TRITON_INTERPRET": "1", "SEGFAST_BACKEND": "triton", "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "TRITON_INTERPRET": "1", "SEGFAST_BACKEND": "triton", **THREADS},
         capture_output=True,
         text=True,
         check=False,
