@@ -65,7 +65,10 @@ every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).remo
 
 
 def blocks(dtype):
-    """ds_conv has no samples in segfast/testing.py: these go through its descriptors."""
+    """ds_conv has no samples in segfast/testing.py: these go through its descriptors.
+
+    None trains a 1x1 depthwise convolution, or one with a bias: BatchNorm undoes both, and their gradients are rounding errors.
+    """
     name = next(name for name, kind in NAMED.items() if kind == dtype)
     base = {
         "size": [2, 19, 7, 5], "out_channels": 35, "kernel": 3, "stride": 1, "padding": None, "dilation": 1, "dw_act": "relu",
@@ -77,10 +80,10 @@ def blocks(dtype):
         {"training": True},
         {"training": True, "stride": 2, "layout": "contiguous"},
         {"stride": 2, "kernel": 5, "dilation": 2, "padding": 2, "size": [1, 40, 11, 12], "act": "hardswish", "bias": True},
-        {"out_channels": 130, "dw_act": "silu", "act": None, "dw_bn": False, "size": [1, 33, 5, 6]},
+        {"out_channels": 130, "dw_act": "silu", "act": None, "dw_bn": False, "size": [1, 33, 5, 6], "kernel": 1},
         {"training": True, "out_channels": 130, "dw_act": "hardswish", "act": "silu", "size": [2, 33, 5, 6], "pw_bn": False},
-        {"training": True, "kernel": 1, "dw_act": "relu6", "act": "relu6", "size": [3, 5, 10, 9], "layout": "strided"},
-        {"training": True, "dw_act": "relu", "act": None, "size": [2, 4, 17, 15], "out_channels": 3, "kernel": 1, "stride": 2},
+        {"training": True, "dw_act": "relu6", "act": "relu6", "size": [3, 5, 10, 9], "layout": "strided"},
+        {"training": True, "dw_act": "relu", "act": None, "size": [2, 4, 17, 15], "out_channels": 3, "stride": 2},
     ):
         yield build("ds_conv", {**base, **change})
 
