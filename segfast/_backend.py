@@ -27,8 +27,11 @@ else:
 has_triton = importlib.util.find_spec("triton") is not None
 
 
-def register(op: str) -> None:
-    """Notes at import who owns (op, device): C++ if it registered, else Triton on CUDA, else nobody."""
+def register(op: str, *others: str) -> None:
+    """Notes at import who owns (op, device): C++ if it registered, else Triton on CUDA, else nobody.
+
+    `others` are the further schemas of the op, of which segfast/triton/<op>.py has a function each, as it has of `op`.
+    """
     owners = table[op] = {}
     if requested == "reference":
         return
@@ -38,8 +41,18 @@ def register(op: str) -> None:
     if requested == "auto" and has(f"segfast::{op}", "CUDA"):
         owners["cuda"] = "cuda"
     elif has_triton and (Path(__file__).parent / "triton" / f"{op}.py").exists():
-        importlib.import_module(f"segfast.triton.{op}")
+        for schema in (op, *others):
+            torch.library.impl(f"segfast::{schema}", "CUDA", triton_launcher(op, schema))
         owners["cuda"] = "triton"
+
+
+def triton_launcher(op: str, schema: str):
+    """segfast.triton.<op>.<schema>, imported when it first runs: `import segfast` does not pay for Triton."""
+
+    def launch(*args):
+        return getattr(importlib.import_module(f"segfast.triton.{op}"), schema)(*args)
+
+    return launch
 
 
 def has_kernel(op: str, *tensors: Tensor) -> bool:

@@ -26,7 +26,7 @@ def concat_shuffle_reference(tensors: Sequence[Tensor], groups: int = 2) -> Tens
 
 torch.library.define("segfast::concat_shuffle", "(Tensor[] tensors, SymInt groups) -> Tensor")
 torch.library.define("segfast::concat_shuffle_backward", "(Tensor grad, SymInt[] channels, SymInt groups) -> Tensor[]")
-_backend.register("concat_shuffle")
+_backend.register("concat_shuffle", "concat_shuffle_backward")
 
 
 @torch.library.register_fake("segfast::concat_shuffle")

@@ -90,8 +90,7 @@ torch.library.define(
     f"{_GEOMETRY}, bool need_input) -> (Tensor grad_x, Tensor grad_dw_weight, Tensor grad_dw_bias, Tensor grad_dw_gamma, "
     "Tensor grad_dw_beta, Tensor grad_pw_weight, Tensor grad_pw_bias, Tensor grad_pw_gamma, Tensor grad_pw_beta)",
 )
-for _op in ("ds_conv", "ds_conv_train", "ds_conv_backward"):
-    _backend.register(_op)
+_backend.register("ds_conv", "ds_conv_train", "ds_conv_backward")
 
 # The first half of the block alone, contiguous, on CUDA: act(scale * dw(x) + shift), and dw(x) + bias with its batch statistics.
 _DEPTHWISE = "SymInt[] stride, SymInt[] padding, SymInt[] dilation"

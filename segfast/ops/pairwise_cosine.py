@@ -58,7 +58,7 @@ def pairwise_cosine_reference(
 
 torch.library.define("segfast::pairwise_cosine", "(Tensor x, float eps) -> Tensor")
 torch.library.define("segfast::pairwise_cosine_backward", "(Tensor grad, Tensor x, float eps) -> Tensor")
-_backend.register("pairwise_cosine")
+_backend.register("pairwise_cosine", "pairwise_cosine_backward")
 
 
 @torch.library.register_fake("segfast::pairwise_cosine")

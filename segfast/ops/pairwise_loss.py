@@ -33,7 +33,7 @@ torch.library.define(
     "segfast::pairwise_loss_backward",
     "(Tensor grad, Tensor student, Tensor teacher, Tensor? saved, float eps, bool gram, bool detach_norm) -> Tensor",
 )
-_backend.register("pairwise_loss")
+_backend.register("pairwise_loss", "pairwise_loss_backward")
 
 
 def gram_pays(nodes: int, student_channels: int, teacher_channels: int) -> bool:

@@ -1,0 +1,123 @@
+"""On a GPU: every op under the rules that hold on the CPU, and inside a captured CUDA graph. Skipped without one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from descriptors import build
+from harness import DTYPES, OPS, as_dtype, check_rule, evaluate, relaid, same_bits
+from torch.utils._pytree import tree_map
+
+from segfast import _backend, ops, testing
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")]
+every_op = pytest.mark.parametrize("op", OPS)
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+DIFFERENTIABLE = {"pixelwise_kl": [0]}  # a teacher that wants a gradient gets its reference
+
+
+def block(training: bool, dtype: torch.dtype, **changes) -> testing.Sample:
+    descriptor = {
+        "size": [2, 19, 33, 31], "out_channels": 35, "kernel": 3, "stride": 1, "padding": None, "dilation": 1, "dw_act": "relu",
+        "act": "relu", "dw_bn": True, "pw_bn": True, "bias": False, "training": training, "dtype": "float32", "seed": 1,
+        "layout": "channels_last",
+    }  # fmt: skip
+    sample = build("ds_conv", descriptor | changes)
+    return sample if dtype == torch.float32 else as_dtype(sample, dtype)
+
+
+def samples(op: str, dtype: torch.dtype) -> list[testing.Sample]:
+    cpu = torch.device("cpu")
+    found = list(testing.SAMPLES[op](dtype, cpu)) if op in testing.SAMPLES else []
+    if op == "ds_conv":
+        found += [block(training, dtype, stride=stride) for training in (False, True) for stride in (1, 2)]
+        found += [block(training, dtype, size=[1, 129, 16, 16], out_channels=257) for training in (False, True)]
+    move = lambda x: x.to("cuda") if isinstance(x, torch.Tensor) else x  # noqa: E731
+    return [testing.Sample(s.name, tree_map(move, s.args), tree_map(move, s.kwargs)) for s in found]
+
+
+@pytest.fixture(autouse=True)
+def full_precision():
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    yield
+    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+
+
+@every_op
+def test_a_kernel_serves(op):
+    assert "cuda" in _backend.table[op]
+
+
+@every_op
+@every_dtype
+def test_rule(op, dtype):
+    for sample in samples(op, dtype):
+        check_rule(op, sample, DIFFERENTIABLE.get(op))
+        check_rule(op, sample, [])
+
+
+@every_op
+@pytest.mark.parametrize("layout", testing.LAYOUTS)
+def test_layouts(op, layout):
+    for sample in samples(op, torch.float32)[:3]:
+        check_rule(op, relaid(sample, layout), DIFFERENTIABLE.get(op))
+
+
+@every_op
+def test_run_to_run(op):
+    for sample in samples(op, torch.float32):
+        expected = evaluate(getattr(ops, op), sample, [0])
+        for _ in range(10):
+            for a, e in zip(evaluate(getattr(ops, op), sample, [0]).all(), expected.all(), strict=True):
+                assert same_bits(a, e), f"{op} {sample}"
+
+
+@every_op
+def test_without_a_synchronisation(op):
+    for sample in samples(op, torch.float32)[:4]:
+        getattr(ops, op)(*sample.args, **sample.kwargs)  # compiles the kernels
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            getattr(ops, op)(*sample.args, **sample.kwargs)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@every_op
+def test_inside_a_cuda_graph(op):
+    """Forward and backward, captured once and replayed on other values."""
+    for sample in samples(op, torch.float32)[:4]:
+        function = getattr(ops, op)
+        fixed = [x for x in torch.utils._pytree.tree_leaves((sample.args, sample.kwargs)) if isinstance(x, torch.Tensor)]
+        fixed = [x for x in fixed if x.is_floating_point() and x.numel() > 0]
+        if not fixed or sample.kwargs.get("training"):
+            continue  # running statistics change from call to call
+        first = fixed[0].requires_grad_()
+
+        def step(first=first, function=function, sample=sample):
+            outputs = torch.utils._pytree.tree_leaves(function(*sample.args, **sample.kwargs))
+            return outputs[0], torch.autograd.grad(outputs[0].sum(), first)[0]
+
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                step()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = step()
+        with torch.no_grad():
+            first.mul_(0.75).add_(0.25)
+        graph.replay()
+        torch.cuda.synchronize()
+        for a, e in zip(captured, step(), strict=True):
+            assert same_bits(a.detach(), e.detach()), f"{op} {sample}"
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
+def test_on_another_device():
+    x = torch.randn(1, 6, 5, 5, device="cuda:1")
+    assert torch.equal(ops.channel_shuffle(x, 3), ops.channel_shuffle(x.cpu(), 3).to("cuda:1"))
