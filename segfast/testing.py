@@ -152,31 +152,14 @@ def concat_shuffle_large(dtype: torch.dtype, device: torch.device) -> Iterator[S
 @large_samples
 def pixelwise_kl_large(dtype: torch.dtype, device: torch.device) -> Iterator[Sample]:
     for layout in ("contiguous", "channels_last"):
-        for size in ((2, 19, 512, 1024), (2, 150, 128, 128)):
+        for size in ((2, 19, 128, 256), (2, 150, 64, 64)):
             pair = tuple(3 * tensor(*size, dtype=dtype, device=device, layout=layout, seed=i) for i in (0, 1))
             yield Sample(f"{'x'.join(map(str, size))}-{layout}", pair)
 
 
-# Where a value falls within rounding of a kink of an activation, its gradient is one thing or another: these draws have none,
-# and their largest errors, over few elements, are not much larger than those of the reference.
-DS_CONV_SEEDS = {
-    "2x6x5x4-o7-relu-None-train": 9,
-    "2x6x5x4-o7-relu6-relu-train": 15,
-    "2x6x5x4-o7-hardswish-silu-train": 3,
-    "2x6x5x4-o7-None-hardswish-train": 42,
-    "2x4x8x9-o5-k3-d2-p0": 3,
-    "2x18x9x7-o33-k5-s2-train": 9,
-    "2x4x8x9-o5-k3-d2-p0-train": 6,
-    "2x3x4x5-o2-p2-s2-train": 21,
-    "2x6x6x7-o4-k3x5-s2x1-train": 3,
-    "2x8x4x4-o6-first-norm-train": 3,
-    "2x7x5x6-o8-mixed-back": 12,
-}
-
-
 def ds_conv_sample(
     name: str, size: tuple[int, int, int, int], out_channels: int, *, dtype: torch.dtype, device: torch.device, kernel=3,
-    layout="contiguous", bias=False, norm: tuple[str, str] = ("all", "all"), seed=None, **kwargs,
+    layout="contiguous", bias=False, norm: tuple[str, str] = ("all", "all"), seed=0, **kwargs,
 ) -> Sample:  # fmt: skip
     # norm, of each half: "all", "no affine", "no running" or "none". Half precision has float32 statistics, as under autocast.
     c = size[1]
@@ -196,7 +179,6 @@ def ds_conv_sample(
             return BatchNorm(mean, var)
         return BatchNorm(None, None, weight, beta) if kind == "no running" else BatchNorm(mean, var, weight, beta, 1e-3, 0.2)
 
-    seed = DS_CONV_SEEDS.get(name, 0) if seed is None else seed
     x = tensor(*size, dtype=dtype, device=device, layout=layout, seed=seed)
     dw_weight = tensor(c, 1, kh, kw, dtype=dtype, device=device, seed=seed + 1) / (kh * kw) ** 0.5
     pw_weight = tensor(out_channels, c, 1, 1, dtype=dtype, device=device, seed=seed + 2) / c**0.5

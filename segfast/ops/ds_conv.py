@@ -14,6 +14,7 @@ from segfast import _backend
 
 ACTIVATIONS = {None: 0, "relu": 1, "relu6": 2, "silu": 3, "hardswish": 4}
 _APPLY = {"relu": F.relu, "relu6": F.relu6, "silu": F.silu, "hardswish": F.hardswish}
+_NAMES = ("weight", "bias", "norm's running_mean", "norm's running_var", "norm's weight", "norm's bias")
 _MAX_TAPS = 64  # the kernels' limit; a larger depthwise kernel runs on the reference
 
 
@@ -52,22 +53,16 @@ def ds_conv_reference(
     padding = _same(dw_weight, dilation) if padding is None else _pair(padding)
     x, dw_weight, pw_weight, dw_bias, pw_bias = _backend.autocast(x, dw_weight, pw_weight, dw_bias, pw_bias)
     memory_format = _backend.layout(x)
-    for weight, bias, bn, activation, batch, options in (
-        (
-            dw_weight,
-            dw_bias,
-            dw_bn,
-            dw_act,
-            training[0],
-            {"stride": stride, "padding": padding, "dilation": dilation, "groups": x.shape[1]},
-        ),
-        (pw_weight, pw_bias, pw_bn, act, training[1], {}),
-    ):
+
+    def half(x, weight, bias, bn, activation, batch, **options):
         x = F.conv2d(x, weight, bias, **options)
         if bn is not None:
             x = F.batch_norm(x, *bn[:4], training=batch or bn.running_mean is None, momentum=bn.momentum, eps=bn.eps)
-        if activation is not None:
-            x = _APPLY[activation](x)
+        return x if activation is None else _APPLY[activation](x)
+
+    geometry = {"stride": stride, "padding": padding, "dilation": dilation, "groups": x.shape[1]}
+    x = half(x, dw_weight, dw_bias, dw_bn, dw_act, training[0], **geometry)
+    x = half(x, pw_weight, pw_bias, pw_bn, act, training[1])
     return x.contiguous(memory_format=memory_format)
 
 
@@ -333,24 +328,26 @@ def _check(x, dw_weight, pw_weight, dw_bias, pw_bias, dw_bn, pw_bn, stride, padd
         raise ValueError(
             f"ds_conv: want a kernel no larger than the padded input, got x {shapes[0]}, dw_weight {shapes[1]}, {padding=}"
         )
-    autocast = torch.is_autocast_enabled(x.device.type)
+    mixed = torch.is_autocast_enabled(x.device.type)
+    wide = torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
     for prefix, weight, bias, bn, batch in (
         ("dw", dw_weight, dw_bias, dw_bn, training[0]),
         ("pw", pw_weight, pw_bias, pw_bn, training[1]),
     ):
         channels = weight.shape[0]
-        small = x.dtype in (torch.float16, torch.bfloat16)
-        for name, t in (("weight", weight), ("bias", bias), *((bn._asdict().items()) if bn is not None else ())):
-            if not isinstance(t, Tensor):
+        for k, t in enumerate((weight, bias) if bn is None else (weight, bias, *bn[:4])):
+            if t is None:
                 continue
-            if (name != "weight" or t is not weight) and t.shape != (channels,):
+            name = _NAMES[k]
+            if k and t.shape != (channels,):
                 raise ValueError(f"ds_conv: want {prefix} {name} ({channels},), got {tuple(t.shape)}")
             if t.device != x.device:
                 raise ValueError(f"ds_conv: want one device, got x on {x.device} and {prefix} {name} on {t.device}")
-            norm = bn is not None and t is not weight and t is not bias
-            if t.dtype != x.dtype and not autocast and not (norm and small and t.dtype == torch.float32):
+            if t.dtype != x.dtype and not mixed and not (k > 1 and t.dtype == wide):
                 raise TypeError(f"ds_conv: want {prefix} {name} in {x.dtype}, got {t.dtype}")
-        if bn is not None and (bn.running_mean is None) != (bn.running_var is None):
+        if bn is None:
+            continue
+        if (bn.running_mean is None) != (bn.running_var is None):
             raise ValueError(f"ds_conv: want both running statistics of {prefix}_bn or neither, got one")
-        if bn is not None and (batch or bn.running_mean is None) and x.shape[0] * size[0] * size[1] == 1:
+        if (batch or bn.running_mean is None) and x.shape[0] * size[0] * size[1] == 1:
             raise ValueError(f"ds_conv: want more than one value a channel when training, got an output of 1x{channels}x1x1")
