@@ -64,7 +64,9 @@ def inductor(conv: nn.Module, x: Tensor) -> dict:
 
 
 def runtimes(conv: nn.Module, x: Tensor, path) -> dict:
-    have = {package: importlib.util.find_spec(package) is not None for package in ("onnx", "onnxscript", "onnxruntime", "openvino")}
+    have = {
+        package: importlib.util.find_spec(package) is not None for package in ("onnx", "onnxscript", "onnxruntime", "openvino")
+    }
     if not (have["onnx"] and have["onnxscript"]):
         return {}
     torch.onnx.export(conv, (x,), str(path), dynamo=True, verbose=False)

@@ -44,4 +44,6 @@ def test_shuffle(benchmark, op, work, memory_format):
         upstream = torch.randn_like(plain(tensors))
         runs = [backward(f, tensors, upstream) for f in functions]
     require_right(runs[0](), runs[1](), runs[1]())
-    figure(benchmark, runs[0], {"eager": runs[1], "torch.compile": runs[2]}, {"eager": ["eager"], "torch.compile": ["torch.compile"]})
+    figure(
+        benchmark, runs[0], {"eager": runs[1], "torch.compile": runs[2]}, {"eager": ["eager"], "torch.compile": ["torch.compile"]}
+    )
