@@ -166,7 +166,7 @@ def judge(title: str, names: list[str], actual, run, call: Any, dtype: torch.dty
       of a single node) has no scale of its own. It is taken for a zero where max|exact| <= 4 eps S, S being the larger of the
       largest gradient of the call and max|output| / max|float tensor of the call|, and is then allowed 4 eps S.
     - A loss that is the difference of numbers of size 1 (of the similarities of a single node) is zero to within float64's
-      rounding: every output is allowed 16 eps(float64).
+      rounding: every output is allowed 16 eps(float64), every gradient that over the largest input.
     """
     half = cast(call, torch.float32) if dtype == torch.float64 else call
     low = torch.float32 if dtype == torch.float64 else dtype
@@ -179,13 +179,13 @@ def judge(title: str, names: list[str], actual, run, call: Any, dtype: torch.dty
     reference, exact, drawn = run(call), run(cast(call, torch.float64)), [estimates(0)]
     assert len(actual) == len(reference) == len(exact) == len(names)
     inputs = max((scale(x) for x in tree_leaves(call) if isinstance(x, Tensor) and x.is_floating_point()), default=0.0)
-    sizes = {n: scale(e) for n, e in zip(names, exact) if e is not None}
+    sizes, zero = {n: scale(e) for n, e in zip(names, exact) if e is not None}, 16 * torch.finfo(torch.float64).eps
     size = max((s for n, s in sizes.items() if n.startswith("grads")), default=0.0)
     size = max(size, max((s for n, s in sizes.items() if n.startswith("outputs")), default=0.0) / inputs if inputs else 0.0)
     for i, (name, a, r, e) in enumerate(zip(names, actual, reference, exact)):
         if a is None or r is None:
-            zero = a if r is None else r
-            assert zero is None or not zero.any(), f"{title}: {name} is None on one side only"
+            only = a if r is None else r
+            assert only is None or not only.any(), f"{title}: {name} is None on one side only"
             continue
         assert a.dtype == r.dtype, f"{title}: {name} is {a.dtype}, the reference's {r.dtype}"
         assert a.shape == r.shape, f"{title}: {name} is {tuple(a.shape)}, the reference's {tuple(r.shape)}"
@@ -197,7 +197,9 @@ def judge(title: str, names: list[str], actual, run, call: Any, dtype: torch.dty
             eps = max(eps, torch.finfo(dtype).eps)
         off, floor = error(a, e), 4 * eps * scale(e)
         if name.startswith("outputs"):
-            floor = max(floor, 16 * torch.finfo(torch.float64).eps)
+            floor = max(floor, zero)
+        elif inputs:
+            floor = max(floor, zero / inputs)
         if name.startswith("grads") and scale(e) <= 4 * eps * size:
             floor = max(floor, 4 * eps * size)
         if off > 2 * drawn[0][i] + floor and len(drawn) == 1:
