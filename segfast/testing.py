@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from segfast.ops import BatchNorm
 
@@ -51,6 +52,22 @@ def tensor(*size: int, dtype: torch.dtype, device: torch.device, layout: str = "
     if layout == "transposed":
         return x.transpose(-1, -2).contiguous().transpose(-1, -2)
     return x
+
+
+NEIGHBOURS = 8  # how many points the reference's error is looked for at, where one is not enough
+
+
+def neighbour(tree: Any, k: int, dtype: torch.dtype) -> Any:
+    """The k-th neighbour: every element of a float tensor moved by -1, 0 or 1 eps(dtype) of itself; the 0-th is the tree."""
+    generator = torch.Generator().manual_seed(k)
+
+    def one(x):
+        if k == 0 or not isinstance(x, Tensor) or not x.is_floating_point():
+            return x
+        steps = torch.randint(-1, 2, x.shape, generator=generator).double().to(x.device)
+        return (x.detach().double() * (1 + torch.finfo(dtype).eps * steps)).to(x.dtype)
+
+    return tree_map(one, tree)
 
 
 LAYOUTS = ("contiguous", "channels_last", "transposed", "strided")

@@ -147,23 +147,7 @@ def scale(exact: Tensor) -> float:
     return finite.max().item() if finite.numel() else 0.0
 
 
-NEIGHBOURS = 8
 EPS_RATIO = torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
-
-
-def neighbour(tree: Any, k: int, dtype: torch.dtype) -> Any:
-    """The k-th neighbour: every element of a float tensor moved by -1, 0 or 1 eps(dtype) of itself; the 0-th is the tree."""
-    generator = torch.Generator().manual_seed(k)
-
-    def one(x):
-        if k == 0 or not isinstance(x, Tensor) or not x.is_floating_point():
-            return x
-        steps = torch.randint(-1, 2, x.shape, generator=generator).double()
-        moved = copy(x)
-        with torch.no_grad():
-            return moved.copy_(x.double() * (1 + torch.finfo(dtype).eps * steps))
-
-    return tree_map(one, tree)
 
 
 def judge(title: str, names: list[str], actual, run, call: Any, dtype: torch.dtype) -> None:
@@ -176,30 +160,32 @@ def judge(title: str, names: list[str], actual, run, call: Any, dtype: torch.dty
       call, whose rounding they inherit.
     - The reference's error at one point is one draw: of few elements it may be nothing by luck, and where an activation's input
       lies within rounding of a kink the gradient is one thing or another in eager too. So a tensor that fails is judged again
-      with the largest of the reference's errors at this point and at NEIGHBOURS points within rounding of it, each
+      with the largest of the reference's errors at this point and at testing.NEIGHBOURS points within rounding of it, each
       against its own float64 result.
     - A gradient that is zero but for rounding (of a bias before a BatchNorm that takes the batch's statistics, of the similarity
       of a single node) has no scale of its own. It is taken for a zero where max|exact| <= 4 eps S, S being the larger of the
       largest gradient of the call and max|output| / max|float tensor of the call|, and is then allowed 4 eps S.
+    - A loss that is the difference of numbers of size 1 (of the similarities of a single node) is zero to within float64's
+      rounding: every output is allowed 16 eps(float64), every gradient that over the largest input.
     """
     half = cast(call, torch.float32) if dtype == torch.float64 else call
     low = torch.float32 if dtype == torch.float64 else dtype
 
     def estimates(k: int) -> list[float]:
-        near = neighbour(half, k, low)
+        near = testing.neighbour(half, k, low)
         pairs = zip(run(near), run(cast(near, torch.float64)), strict=True)
         return [error(a, b) * (EPS_RATIO if dtype == torch.float64 else 1) if a is not None else 0.0 for a, b in pairs]
 
     reference, exact, drawn = run(call), run(cast(call, torch.float64)), [estimates(0)]
     assert len(actual) == len(reference) == len(exact) == len(names)
     inputs = max((scale(x) for x in tree_leaves(call) if isinstance(x, Tensor) and x.is_floating_point()), default=0.0)
-    sizes = {n: scale(e) for n, e in zip(names, exact) if e is not None}
+    sizes, zero = {n: scale(e) for n, e in zip(names, exact) if e is not None}, 16 * torch.finfo(torch.float64).eps
     size = max((s for n, s in sizes.items() if n.startswith("grads")), default=0.0)
     size = max(size, max((s for n, s in sizes.items() if n.startswith("outputs")), default=0.0) / inputs if inputs else 0.0)
     for i, (name, a, r, e) in enumerate(zip(names, actual, reference, exact)):
         if a is None or r is None:
-            zero = a if r is None else r
-            assert zero is None or not zero.any(), f"{title}: {name} is None on one side only"
+            only = a if r is None else r
+            assert only is None or not only.any(), f"{title}: {name} is None on one side only"
             continue
         assert a.dtype == r.dtype, f"{title}: {name} is {a.dtype}, the reference's {r.dtype}"
         assert a.shape == r.shape, f"{title}: {name} is {tuple(a.shape)}, the reference's {tuple(r.shape)}"
@@ -210,10 +196,14 @@ def judge(title: str, names: list[str], actual, run, call: Any, dtype: torch.dty
         if not name.startswith("outputs"):
             eps = max(eps, torch.finfo(dtype).eps)
         off, floor = error(a, e), 4 * eps * scale(e)
+        if name.startswith("outputs"):
+            floor = max(floor, zero)
+        elif inputs:
+            floor = max(floor, zero / inputs)
         if name.startswith("grads") and scale(e) <= 4 * eps * size:
             floor = max(floor, 4 * eps * size)
         if off > 2 * drawn[0][i] + floor and len(drawn) == 1:
-            drawn += [estimates(k) for k in range(1, 1 + NEIGHBOURS)]
+            drawn += [estimates(k) for k in range(1, 1 + testing.NEIGHBOURS)]
         bound = 2 * max(estimate[i] for estimate in drawn) + floor
         assert off <= bound, f"{title}: {name} is off by {off:.3g}, allowed {bound:.3g}"
 

@@ -10,7 +10,7 @@ import torch
 from segfast import ops
 from segfast.engine import report
 from segfast.engine.demo import Settings, run
-from segfast.engine.kernels import OPS, check, excess
+from segfast.engine.kernels import OPS, check, most
 
 SHORT = {"steps": 3, "labels": 2, "images": 8, "validation": 4, "batch": 2, "timing_seconds": 0.0}
 
@@ -77,11 +77,12 @@ def wrong(function):
     return namespace["channel_shuffle"]
 
 
-def test_excess():
-    exact = torch.ones(3, dtype=torch.float64)
-    assert excess(exact.float(), exact.float(), exact) == 0
-    assert excess(exact.float() + 1e-3, exact.float(), exact) > 1
-    assert excess(torch.full((3,), torch.nan), exact.float(), exact) == float("inf")
+def test_most():
+    exact = [torch.ones(3, dtype=torch.float64)]
+    assert most([exact[0].float()], exact, [0.0]) == 0
+    assert most([exact[0].float() + 1e-3], exact, [0.0]) > 1
+    assert most([exact[0].float() + 1e-3], exact, [1e-3]) < 1
+    assert most([torch.full((3,), torch.nan)], exact, [0.0]) == float("inf")
 
 
 @pytest.mark.parametrize("wrong", [{"data": "kitti"}, {"data": "camvid"}, {"steps": 0}, {"labels": 1}, {"batch": 1}])

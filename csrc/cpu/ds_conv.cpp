@@ -490,26 +490,31 @@ void train_output(const DsConv<T, A>& o, int64_t begin, int64_t end) {
   });
 }
 
-// Adds, per channel, sum g and sum g * (x - mean) over the pixels, for g = g_of(p, channel, x, left); x: [pixels][c].
+// Adds, per channel, sum g and sum g * (x - mean) over the pixels, for g = g_of(p, channel, x, left); x: [pixels][c]. In blocks
+// of a few pixels, whose sums are added in double: a gradient is what is left of such sums.
 template <class T, class A, class G>
 SEGFAST_INLINE void add_sums(const T* x, int64_t pixels, int64_t c, const A* mean, double* sums, int64_t stride, G g_of) {
-  constexpr int L = lanes<A>;
+  constexpr int L = lanes<A>, kBlock = 24;
   each_group<A>(c, [&](auto group, int64_t c0, int left) {
     constexpr int N = decltype(group)::value;
-    Vec<A> sum[N] = {}, product[N] = {};
-    for (int64_t p = 0; p < pixels; ++p) {
+    for (int64_t p0 = 0; p0 < pixels; p0 += kBlock) {
+      const int64_t p1 = p0 + kBlock < pixels ? p0 + kBlock : pixels;
+      Vec<A> sum[N] = {}, product[N] = {};
+      for (int64_t p = p0; p < p1; ++p) {
 #pragma GCC unroll 4
-      for (int j = 0; j < N; ++j) {
-        prefetch(x + (p + 8) * c + c0 + j * L);
-        const Vec<A> at = load_n(x + p * c + c0 + j * L, left), g = g_of(p, c0 + j * L, at, left);
-        sum[j] += g;
-        product[j] += g * (at - load(mean + c0 + j * L));
+        for (int j = 0; j < N; ++j) {
+          prefetch(x + (p + 8) * c + c0 + j * L);
+          const Vec<A> at = load_n(x + p * c + c0 + j * L, left), g = g_of(p, c0 + j * L, at, left);
+          sum[j] += g;
+          product[j] += g * (at - load(mean + c0 + j * L));
+        }
       }
-    }
-    for (int j = 0; j < N; ++j) {
-      for (int i = 0; i < left; ++i) {
-        sums[c0 + j * L + i] += lane<A>(sum[j], i);
-        sums[stride + c0 + j * L + i] += lane<A>(product[j], i);
+      for (int j = 0; j < N; ++j) {
+        double* to = sums + c0 + j * L;
+        for (int i = 0; i < left; ++i) {
+          to[i] += lane<A>(sum[j], i);
+          to[stride + i] += lane<A>(product[j], i);
+        }
       }
     }
   });

@@ -13,7 +13,7 @@ from torch.utils._pytree import keystr, tree_map_with_path
 
 from segfast import _backend, ops
 from segfast.nn import DSConv
-from segfast.testing import SAMPLES
+from segfast.testing import NEIGHBOURS, SAMPLES, Sample, neighbour
 
 OPS = [name for name in ops.__all__ if isinstance(getattr(ops, name), FunctionType)]
 BUFFERS = ("running_mean", "running_var", "mask")  # no gradient
@@ -56,15 +56,29 @@ class Timing:
 def check(op: str, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Check:
     """Run the operation's samples, outputs and gradients, on its kernel and on its reference.
 
-    Allowed is twice the error of the reference in the same dtype plus 4 eps(dtype) max|exact|, both against float64.
+    Allowed is twice the error of the reference in the same dtype plus 4 eps(dtype) max|exact|, both against float64; where that
+    does not do, the reference's error is the largest of several points within rounding of the sample (near an activation's kink
+    a gradient is one thing or another in eager PyTorch too).
     """
     function = getattr(ops, op)
     reference = function.__globals__[f"{op}_reference"]
+
+    def reference_errors(sample, k: int) -> list[float]:
+        near = Sample(sample.name, *neighbour((sample.args, sample.kwargs), k, dtype))
+        return [distance(*pair) for pair in zip(results(reference, near, dtype), results(reference, near, torch.float64))]
+
     worst, count = 0.0, 0
     for sample in SAMPLES[op](dtype, torch.device(device)) if op in SAMPLES else ():
         count += 1
-        runs = results(function, sample, dtype), results(reference, sample, dtype), results(reference, sample, torch.float64)
-        worst = max([worst, *(excess(*values) for values in zip(*runs, strict=True))])
+        fused, exact, errors = (
+            results(function, sample, dtype),
+            results(reference, sample, torch.float64),
+            reference_errors(sample, 0),
+        )
+        if most(fused, exact, errors) > 1:
+            drawn = [errors, *(reference_errors(sample, k) for k in range(1, 1 + NEIGHBOURS))]
+            errors = [max(column) for column in zip(*drawn)]
+        worst = max(worst, most(fused, exact, errors))
     return Check(op, _backend.table.get(op, {}).get(device, "reference"), count, worst)
 
 
@@ -91,19 +105,20 @@ def results(function: Callable, sample, dtype: torch.dtype) -> list[Tensor]:
     return [o.detach() for o in outputs] + [g for g in gradients if g is not None]
 
 
-def excess(fused: Tensor, plain: Tensor, truth: Tensor) -> float:
-    if truth.numel() == 0 and fused.shape == truth.shape:
-        return 0.0
-    fused, plain, eps = fused.double(), plain.double(), torch.finfo(fused.dtype).eps if fused.is_floating_point() else 0.0
-    truth = truth.double()
-    if not torch.equal(fused.isfinite(), truth.isfinite()):
+def distance(x: Tensor, exact: Tensor) -> float:
+    x, exact = x.double(), exact.double()
+    if not torch.equal(x.isfinite(), exact.isfinite()):
         return float("inf")
-    fused, plain, truth = (x[truth.isfinite()] for x in (fused, plain, truth))
-    if truth.numel() == 0:
-        return 0.0
-    error = float((fused - truth).abs().max())
-    allowed = 2 * float((plain - truth).abs().max()) + 4 * eps * float(truth.abs().max())
-    return error / allowed if allowed else (0.0 if error == 0 else float("inf"))
+    return float((x - exact)[exact.isfinite()].abs().max()) if exact.isfinite().any() else 0.0
+
+
+def most(fused: list[Tensor], exact: list[Tensor], errors: list[float]) -> float:
+    worst = 0.0
+    for x, truth, error in zip(fused, exact, errors, strict=True):
+        largest = float(truth[truth.isfinite()].abs().max()) if truth.isfinite().any() else 0.0
+        allowed, off = 2 * error + 4 * torch.finfo(x.dtype).eps * largest, distance(x, truth)
+        worst = max(worst, off / allowed if allowed else (0.0 if off == 0 else float("inf")))
+    return worst
 
 
 def median(functions: list[Callable[[], object]], seconds: float) -> list[float]:

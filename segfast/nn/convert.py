@@ -14,7 +14,7 @@ _ORIGINAL = "_segfast_original"  # in a changed module's __dict__: its children 
 def convert(model: nn.Module) -> list[str]:
     """Put DSConv in the place of every depthwise, BatchNorm, activation, pointwise, BatchNorm, activation run, in place.
 
-    Found are runs within an `nn.Sequential`, also through Sequentials nested in it (torchvision's `Conv2dNormActivation`);
+    Found are runs within an `nn.Sequential`, also through Sequential modules nested in it (torchvision's `Conv2dNormActivation`);
     blocks named `_DSConv` whose only child is such a run; and timm's `DepthwiseSeparableConv`. Either activation may be
     missing. The layers are the same objects, parameters and buffers with them, so optimisers keep working and the model may
     be trained on. Left alone is whatever has hooks, stands in several places, or is of a class that may compute another thing.

@@ -7,7 +7,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import conv_backward_flop, conv_flop_count, register_flop_formula
 
 from segfast import _backend
@@ -182,8 +181,8 @@ def _(grad, x, u, z, dw_weight, *args, out_shape=None, **kwargs) -> int:
         None,
         None,
     )  # bias sizes, stride, padding, dilation, transposed, output padding, groups
-    pw = conv_backward_flop(grad, u, pw_weight, *shared, (True, True, False), out_shape=(u, pw_weight, None))
-    dw = conv_backward_flop(u, x, dw_weight, *shared, (need_input, True, False), out_shape=(x, dw_weight, None))
+    pw = conv_backward_flop(grad, u, pw_weight, *shared, (True, True, False), out_val=(u, pw_weight, None))
+    dw = conv_backward_flop(u, x, dw_weight, *shared, (need_input, True, False), out_val=(x, dw_weight, None))
     return pw + dw
 
 
@@ -205,11 +204,22 @@ class DsConv(torch.autograd.Function):
         return y, *statistics
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad, *_):
         x, u, z, dw_weight, pw_weight, dw_gamma, dw_beta, pw_gamma, pw_beta, *statistics = ctx.saved_tensors
-        grad_x, dw, dw_bias, g1, b1, pw, pw_bias, g2, b2 = torch.ops.segfast.ds_conv_backward.default(
-            *(grad, x, u, z, dw_weight, *statistics[:2], dw_gamma, dw_beta, *ctx.norms[0]),
+        grad_x, dw, dw_bias, g1, b1, pw, pw_bias, g2, b2 = _backend.once(
+            *(
+                "ds_conv",
+                torch.ops.segfast.ds_conv_backward.default,
+                grad,
+                x,
+                u,
+                z,
+                dw_weight,
+                *statistics[:2],
+                dw_gamma,
+                dw_beta,
+                *ctx.norms[0],
+            ),
             *(pw_weight, *statistics[2:], pw_gamma, pw_beta, *ctx.norms[1], *ctx.options, ctx.needs_input_grad[0]),
         )
         grads = [grad_x, dw, dw_bias, g1, b1, pw, pw_bias, g2, b2]
