@@ -100,7 +100,7 @@ def some(op, dtype, most):
 @every_dtype
 def test_rule(op, dtype):
     before = dict(calls)
-    for sample in some(op, dtype, count(8 if dtype == torch.float32 else 2, 100)):
+    for sample in some(op, dtype, count(3 if dtype == torch.float32 else 1, 100)):
         check_rule(op, sample, INPUTS.get(op))
         check_rule(op, sample, [])
     for schema in SCHEMAS[op]:
@@ -117,7 +117,7 @@ def test_layouts(op, layout):
 @every_op
 def test_drawn(op):
     @settings(
-        max_examples=count(3 if op == "ds_conv" else 6, 300),
+        max_examples=count(1 if op == "ds_conv" else 4, 300),
         derandomize=True,
         deadline=None,
         database=None,
@@ -140,7 +140,7 @@ def test_drawn(op):
 @every_op
 def test_reads_nothing_outside(op):
     """The interpreter loads out of bounds without a word: here every input lies in NaNs, and torch.empty is NaN too."""
-    for sample in some(op, torch.float32, count(3, 100)):
+    for sample in some(op, torch.float32, count(1, 100)):
         expected = evaluate(getattr(ops, op), sample, INPUTS.get(op))
 
         def padded(x):
@@ -165,7 +165,7 @@ def test_reads_nothing_outside(op):
 def test_pairwise_loss_without_fast_float64(dtype, monkeypatch):
     """The tiled direct form, for nodes more and fewer than channels, and for several chunks of the Gram form."""
     monkeypatch.setattr(pairwise_loss, "has_fast_float64", lambda device: False)
-    for sample in some("pairwise_loss", dtype, count(3, 100)):
+    for sample in some("pairwise_loss", dtype, count(1, 100)):
         check_rule("pairwise_loss", sample)
     x = testing.tensor(2, 70, 5, 9, dtype=dtype, device=torch.device("cpu"))
     y = testing.tensor(2, 35, 5, 9, dtype=dtype, device=torch.device("cpu"), seed=1)
@@ -220,14 +220,13 @@ def test_pixelwise_kl_carries_infinities_as_eager_does(layout):
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float16), ids=("float32", "float16"))
 def test_ds_conv_every_plan(how, dtype, monkeypatch):
     monkeypatch.setattr(ds_conv, "plan", lambda *sizes: how)
-    for sample in list(blocks(dtype)):
-        if not sample.kwargs["training"]:
-            check_rule("ds_conv", sample, [])
+    for sample in [sample for sample in blocks(dtype) if not sample.kwargs["training"]][: count(2, 100)]:
+        check_rule("ds_conv", sample, [])
 
 
 @every_op
 def test_opcheck(op):
-    for sample in some(op, torch.float32, count(2, 20)):
+    for sample in some(op, torch.float32, count(1, 20)):
         for raw, args, kwargs in record(getattr(ops, op), sample, INPUTS.get(op)).calls:
             torch.library.opcheck(raw, args, kwargs, test_utils=("test_schema", "test_faketensor"))
 

@@ -306,6 +306,8 @@ SANITIZERS = {
 @pytest.mark.parametrize("kernel", simt_build.DRIVERS)
 def test_drivers_under_sanitizers(kernel, sanitizer, tmp_path):
     """The same checks with every access watched; under ThreadSanitizer a CUDA thread is a thread, and a lost barrier a race."""
+    if EFFORT == "ci" and sanitizer == "thread":
+        pytest.skip("half a minute: SEGFAST_EFFORT=full; the lost barrier below is looked for in every run")
     if EFFORT == "ci" and kernel != list(simt_build.DRIVERS)[seed_of_commit() % len(simt_build.DRIVERS)]:
         pytest.skip("another was drawn by the commit: SEGFAST_EFFORT=full")
     flags = SANITIZERS[sanitizer]
@@ -339,7 +341,7 @@ def test_mutants_are_killed():
     if EFFORT == "full":
         mutants = mutate.run(files, jobs=2)
     else:
-        mutants = mutate.run([files[seed_of_commit() % len(files)]], jobs=2, draw=12, seed=seed_of_commit())
+        mutants = mutate.run([files[seed_of_commit() % len(files)]], jobs=2, draw=6, seed=seed_of_commit())
     survivors = [m.key() for m in mutants if m.killed_by is None]
     unknown = [key for key in survivors if key not in mutate.equivalents()]
     if EFFORT == "full":
