@@ -15,9 +15,8 @@ import triton
 from conftest import count
 from descriptors import DTYPES as NAMED
 from descriptors import build, draw
+from drawing import each_drawn
 from harness import OPS, check_rule, evaluate, record, reference_only, relaid, same_bits, samples_of
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from torch.utils._pytree import tree_map
 from triton.runtime import interpreter
 
@@ -116,25 +115,14 @@ def test_layouts(op, layout):
 
 @every_op
 def test_drawn(op):
-    @settings(
-        max_examples=count(1 if op == "ds_conv" else 4, 300),
-        derandomize=True,
-        deadline=None,
-        database=None,
-        print_blob=False,
-        suppress_health_check=list(HealthCheck),
-    )
-    @given(st.data())
-    def check(data):
-        integer = lambda low, high: data.draw(st.integers(low, high))  # noqa: E731
-        choice = lambda values: data.draw(st.sampled_from(list(values)))  # noqa: E731
+    def check(integer, choice):
         descriptor = draw(op, integer, choice)
         if descriptor["dtype"] == "bfloat16":
             descriptor["dtype"] = "float16"
         assert NAMED[descriptor["dtype"]] in DTYPES
         check_rule(op, build(op, descriptor), INPUTS.get(op))
 
-    check()
+    each_drawn(count(1 if op == "ds_conv" else 4, 300), check)
 
 
 @every_op

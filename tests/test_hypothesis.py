@@ -5,9 +5,8 @@ from __future__ import annotations
 import pytest
 from conftest import count
 from descriptors import BUILD, DESCRIBE, build, draw
+from drawing import each_drawn
 from harness import OPS, check_rule
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from segfast import ops
 
@@ -22,18 +21,7 @@ def test_rule(op):
     if not hasattr(ops, op):
         pytest.skip(f"segfast.ops has no {op}")
 
-    @settings(
-        max_examples=count(50, 300),
-        derandomize=True,
-        deadline=None,
-        database=None,
-        print_blob=False,
-        suppress_health_check=list(HealthCheck),
-    )
-    @given(st.data())
-    def check(data):
-        integer = lambda low, high: data.draw(st.integers(low, high))  # noqa: E731
-        choice = lambda values: data.draw(st.sampled_from(list(values)))  # noqa: E731
+    def check(integer, choice):
         check_rule(op, build(op, draw(op, integer, choice)))
 
-    check()
+    each_drawn(count(50, 300), check)

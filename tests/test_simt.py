@@ -15,9 +15,8 @@ import torch
 from conftest import EFFORT, count, seed_of_commit
 from descriptors import build as build_sample
 from descriptors import draw
+from drawing import each_drawn
 from harness import CPU, DTYPES, check_rule, copy, error, evaluate, inputs_of, reference_only, relaid, same_bits, scale
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from simt_host import OPS, RAW, SCHEDULES, Kernels, depthwise_inputs, roofline
 from simt_host import kernels as kernels_of_the_host
 from torch import Tensor
@@ -75,22 +74,11 @@ def test_rule_in_every_order_and_block_shape(op, shape, kernels):
 def test_rule_on_descriptors(op, kernels):
     """Shapes, dtypes, layouts and options drawn by hypothesis, and with them the order and the block shape."""
 
-    @settings(
-        max_examples=count(40, 300),
-        derandomize=True,
-        deadline=None,
-        database=None,
-        print_blob=False,
-        suppress_health_check=list(HealthCheck),
-    )
-    @given(st.data())
-    def check(data):
-        integer = lambda low, high: data.draw(st.integers(low, high))  # noqa: E731
-        choice = lambda values: data.draw(st.sampled_from(list(values)))  # noqa: E731
+    def check(integer, choice):
         kernels.configure(*choice(SHAPES))
         check_rule(op, build_sample(op, draw(op, integer, choice)), inputs(op))
 
-    check()
+    each_drawn(count(40, 300), check)
 
 
 @every_op

@@ -144,8 +144,8 @@ struct Add {
 // M rows, V vectors of columns from `col` on: sum over depth of a[i * row + d * step] * b[d * b_step + j * lanes].
 // A function of its own: in a large one GCC keeps the accumulators in memory. For the same reason `put` calls nothing.
 template <int M, int V, class A, class P>
-__attribute__((noinline)) void micro(int64_t depth, const A* __restrict a, int64_t row, int64_t step, const A* __restrict b,
-                                     int64_t b_step, int64_t first, int64_t col, const P put) {
+SEGFAST_NOINLINE void micro(int64_t depth, const A* __restrict a, int64_t row, int64_t step, const A* __restrict b,
+                            int64_t b_step, int64_t first, int64_t col, const P put) {
   constexpr int L = lanes<A>;
   Vec<A> acc[M][V] = {};
   for (int64_t d = 0; d < depth; ++d) {
@@ -241,8 +241,8 @@ SEGFAST_INLINE void depthwise_pixel(int taps, const T* const* from, const A* con
 // N interior pixels of one row from `pixel` on and all their channels: K taps wide, stride S, no dilation, vertical taps
 // [ky0, ky1).
 template <int N, int K, int S, class T, class A, class P>
-__attribute__((noinline)) void depthwise_block(const T* x, int64_t row, int64_t c, const A* w, int64_t cp, int64_t ky0,
-                                               int64_t ky1, int64_t pixel, const P put) {
+SEGFAST_NOINLINE void depthwise_block(const T* x, int64_t row, int64_t c, const A* w, int64_t cp, int64_t ky0, int64_t ky1,
+                                      int64_t pixel, const P put) {
   constexpr int L = lanes<A>;
   const auto taps = [&](int64_t c0, auto read, Vec<A>(&acc)[N]) {
     for (int64_t ky = ky0; ky < ky1; ++ky) {
@@ -572,9 +572,8 @@ void backward_pointwise(const DsConv<T, A>& o, int64_t begin, int64_t end, A* bu
 // g1 -> grad_u of `count` pixels in place, and its products with a 3 x 3 window that moves S columns a pixel: the nine sums are
 // added to grad_dw where `valid`. All columns lie inside; `rows` start at the first pixel's.
 template <int S, class T, class A>
-__attribute__((noinline)) void weight_run(const T* const* rows, const bool* valid, const T* u, T* gu, int64_t count, int64_t c,
-                                          const A* scale, const A* mean, const A* center, const A* slope, A* grad_dw,
-                                          int64_t cp) {
+SEGFAST_NOINLINE void weight_run(const T* const* rows, const bool* valid, const T* u, T* gu, int64_t count, int64_t c,
+                                 const A* scale, const A* mean, const A* center, const A* slope, A* grad_dw, int64_t cp) {
   const Vec<A> a = load(scale), m = load(mean), b = load(center), s = load(slope);
   Vec<A> acc[3][3] = {}, window[3][3];
   const T *row0 = rows[0], *row1 = rows[1], *row2 = rows[2];
@@ -665,8 +664,8 @@ void backward_depthwise_weight(const DsConv<T, A>& o, int64_t begin, int64_t end
 // The input gradient of a 3 x 3 kernel with stride 2 and padding 1: N pairs of pixels (2j, 2j + 1) of one row, from the gradient
 // at j and j + 1 of one or two rows.
 template <int N, class T, class A, class P>
-__attribute__((noinline)) void input_pairs(int number, const T* const* rows, const A* const* weights, int64_t cp, int64_t c,
-                                           int64_t pixel, const P put) {
+SEGFAST_NOINLINE void input_pairs(int number, const T* const* rows, const A* const* weights, int64_t cp, int64_t c, int64_t pixel,
+                                  const P put) {
   constexpr int L = lanes<A>;
   for (int64_t c0 = 0; c0 < c; c0 += L) {
     const int left = static_cast<int>(c - c0 < L ? c - c0 : L);

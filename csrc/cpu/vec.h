@@ -5,10 +5,12 @@
 // accumulate in. Without GCC's vector extension (MSVC) a vector has one lane.
 namespace segfast::SEGFAST_ISA {
 
+#ifdef __GNUC__
 #define SEGFAST_INLINE inline __attribute__((always_inline))
-#ifndef __GNUC__
-#undef SEGFAST_INLINE
+#define SEGFAST_NOINLINE __attribute__((noinline))
+#else
 #define SEGFAST_INLINE inline
+#define SEGFAST_NOINLINE
 #endif
 
 template <class T>

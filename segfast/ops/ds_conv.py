@@ -206,22 +206,10 @@ class DsConv(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad, *_):
         x, u, z, dw_weight, pw_weight, dw_gamma, dw_beta, pw_gamma, pw_beta, *statistics = ctx.saved_tensors
-        grad_x, dw, dw_bias, g1, b1, pw, pw_bias, g2, b2 = _backend.once(
-            *(
-                "ds_conv",
-                torch.ops.segfast.ds_conv_backward.default,
-                grad,
-                x,
-                u,
-                z,
-                dw_weight,
-                *statistics[:2],
-                dw_gamma,
-                dw_beta,
-                *ctx.norms[0],
-            ),
-            *(pw_weight, *statistics[2:], pw_gamma, pw_beta, *ctx.norms[1], *ctx.options, ctx.needs_input_grad[0]),
-        )
+        kernel = torch.ops.segfast.ds_conv_backward.default
+        first = (grad, x, u, z, dw_weight, *statistics[:2], dw_gamma, dw_beta, *ctx.norms[0])
+        second = (pw_weight, *statistics[2:], pw_gamma, pw_beta, *ctx.norms[1], *ctx.options, ctx.needs_input_grad[0])
+        grad_x, dw, dw_bias, g1, b1, pw, pw_bias, g2, b2 = _backend.once("ds_conv", kernel, *first, *second)
         grads = [grad_x, dw, dw_bias, g1, b1, pw, pw_bias, g2, b2]
         likes = [x, dw_weight, x, dw_gamma, dw_beta, pw_weight, x, pw_gamma, pw_beta]
         wanted = ctx.needs_input_grad[:9]
