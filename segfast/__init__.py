@@ -2,6 +2,6 @@
 
 from segfast import ops
 from segfast._version import __version__
-from segfast.models import create_model, list_models
+from segfast.models import create_model, list_models, load_official
 
-__all__ = ["__version__", "create_model", "list_models", "ops"]
+__all__ = ["__version__", "create_model", "list_models", "load_official", "ops"]

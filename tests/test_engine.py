@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from segfast.models import Output, SegmentationModel
 from segfast.engine import Distillation, class_iou, confusion_matrix, cross_entropy, evaluate, mean_iou, supervised, train
 
 
@@ -43,19 +44,16 @@ def test_cross_entropy_ignores():
     assert (logits.grad == 0).all()
 
 
-class Tiny(nn.Module):
+class Tiny(SegmentationModel):
+    min_size = 1
+
     def __init__(self, channels=4):
         super().__init__()
         self.body, self.classifier = nn.Conv2d(3, channels, 3, padding=1), nn.Conv2d(channels, 2, 1)
 
-    def features(self, images):
-        return self.body(images).relu()
-
-    def head(self, features, size):
-        return self.classifier(features)
-
-    def forward(self, images):
-        return self.head(self.features(images), images.shape[2:])
+    def outputs(self, images):
+        features = self.body(images).relu()
+        return Output(self.classifier(features), (), {"pre_logits": features})
 
 
 def batches(count=3):

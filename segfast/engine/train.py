@@ -80,7 +80,8 @@ class Distillation:
 
     loss = cross-entropy + pixel_weight * pixel(logits, teacher's logits) + pair_weight * pair(features, teacher's features)
 
-    Both networks give `features(images)` and `head(features, size)`, as every network of `segfast.models` does.
+    Both networks give `forward_features(images)`, as every network of `segfast.models` does. The pixel-wise term compares
+    logits at the student's own stride, the pair-wise one the maps that the classifiers read.
 
     Args:
         teacher: put into evaluation mode; gets no gradient.
@@ -101,15 +102,13 @@ class Distillation:
         self.pixel, self.pair, self.pixel_weight, self.pair_weight = pixel, pair, pixel_weight, pair_weight
 
     def __call__(self, model: nn.Module, images: Tensor, labels: Tensor) -> Terms:
-        size = images.shape[2:]
         with torch.no_grad():
-            teacher_features = self.teacher.features(images)
-            teacher_logits = self.teacher.head(teacher_features, size) if self.pixel else None
-        features = model.features(images)
-        logits = model.head(features, size)
+            teacher = self.teacher.forward_features(images)
+        student = model.forward_features(images)
+        logits = F.interpolate(student.logits, images.shape[2:], mode="bilinear", align_corners=model.align_corners)
         terms = {"labels": cross_entropy(logits, labels)}
         if self.pixel:
-            terms["pixel-wise"] = self.pixel_weight * self.pixel(logits, teacher_logits)
+            terms["pixel-wise"] = self.pixel_weight * self.pixel(student.logits, teacher.logits)
         if self.pair:
-            terms["pair-wise"] = self.pair_weight * self.pair(features, teacher_features)
+            terms["pair-wise"] = self.pair_weight * self.pair(student.features["pre_logits"], teacher.features["pre_logits"])
         return terms

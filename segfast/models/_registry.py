@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
+import difflib
+import fnmatch
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import nn
+
+
+@dataclass(frozen=True)
+class Published:
+    """What the authors, or a port where it says so, print; None where nothing is printed. Units in the names."""
+
+    parameters: str | None = None
+    macs: str | None = None
+    miou: str | None = None
+    speed: str | None = None
+    source: str | None = None
 
 
 @dataclass(frozen=True)
@@ -18,52 +31,78 @@ class Network:
     parameters: int
     macs: int
     size: tuple[int, int]
+    published: Published = field(default_factory=Published)
+    official: str | None = None
+    licence: str | None = None
 
 
 NETWORKS: dict[str, Network] = {}
 
 
-def register_model(*, paper: str, parameters: int, macs: int, size: tuple[int, int] = (1024, 2048)):
-    """Register a function `name(num_classes=19, **options) -> nn.Module` as the network `name`.
-
-    The network maps images (N, 3, H, W) to logits (N, num_classes, H, W) in two steps that distillation taps:
-    `features(images)` gives the map that the classifier reads, `head(features, size)` the logits at `size`.
+def register_model(
+    *,
+    paper: str,
+    parameters: int,
+    macs: int,
+    size: tuple[int, int] = (1024, 2048),
+    published: Published | None = None,
+    official: str | None = None,
+    licence: str | None = None,
+):
+    """Register a function `name(num_classes=19, **options) -> SegmentationModel` as the network `name`.
 
     Args:
         paper: "Authors, title, arXiv:id".
         parameters: number of trainable parameters with 19 classes.
         macs: multiply-accumulates of one image of `size`, convolutions and matrix products only, with 19 classes.
         size: (H, W) of `macs`, in pixels.
+        published: what the paper prints, with its conventions.
+        official: the authors' repository, or the port that stands for it.
+        licence: that of the official weights.
     """
 
     def register(build):
         if build.__name__ in NETWORKS:
             raise ValueError(f"register_model: want a new name, got {build.__name__!r} twice")
-        NETWORKS[build.__name__] = Network(build.__name__, build, paper, parameters, macs, size)
+        NETWORKS[build.__name__] = Network(
+            build.__name__, build, paper, parameters, macs, size, published or Published(), official, licence
+        )
         return build
 
     return register
 
 
-def list_models() -> list[str]:
-    """The names that `create_model` knows, sorted."""
-    return sorted(NETWORKS)
+def list_models(pattern: str = "*") -> list[str]:
+    """The names that `create_model` knows and that match the shell-style pattern, sorted."""
+    return sorted(fnmatch.filter(NETWORKS, pattern))
 
 
-def create_model(name: str, num_classes: int = 19, **options) -> nn.Module:
+def unknown(what: str, name: str, names) -> ValueError:
+    """The error for a name that is not among `names`: the nearest ones first."""
+    near = difflib.get_close_matches(name, names, n=3, cutoff=0.4)
+    hint = f"did you mean {' or '.join(near)}? " if near else ""
+    return ValueError(f"{what}: {hint}want one of {', '.join(sorted(names))}, got {name!r}")
+
+
+def create_model(name: str, num_classes: int = 19, backbone: str | None = None, **options) -> nn.Module:
     """Build a registered network with random weights, in training mode.
 
     Args:
         name: one of `list_models()`.
         num_classes: classes of the logits, at least 1.
+        backbone: another encoder, one of `segfast.list_backbones()`, for networks whose idea allows it; None: the paper's.
         options: the network's own, see its function in `segfast.models`.
 
     Raises:
-        ValueError: no such network, or num_classes < 1.
+        ValueError: no such network (the nearest names are suggested), or num_classes < 1.
         TypeError: an option that the network does not have.
     """
     if name not in NETWORKS:
-        raise ValueError(f"create_model: want one of {', '.join(list_models())}, got {name!r}")
-    if num_classes < 1:
+        raise unknown("create_model", name, NETWORKS)
+    if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 1:
         raise ValueError(f"create_model: want num_classes >= 1, got {num_classes}")
-    return NETWORKS[name].build(num_classes=num_classes, **options)
+    if backbone is not None:
+        options["backbone"] = backbone
+    model = NETWORKS[name].build(num_classes=num_classes, **options)
+    model.name = name
+    return model

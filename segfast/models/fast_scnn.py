@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from segfast.models._registry import register_model
+from segfast.models._base import Output, SegmentationModel
+from segfast.models._registry import Published, register_model
 from segfast.nn import DSConv
 
 
@@ -111,7 +112,7 @@ class Classifier(nn.Module):
         return self.conv(self.dsconv2(self.dsconv1(x)))
 
 
-class FastSCNN(nn.Module):
+class FastSCNN(SegmentationModel):
     """Fast-SCNN. The names of the parameters are those of the usual PyTorch port, whose checkpoints load unchanged.
 
     Args:
@@ -119,8 +120,13 @@ class FastSCNN(nn.Module):
         width: factor on every channel count; 1.0 is the published network.
     """
 
+    name = "fast_scnn"
+    align_corners = True
+    min_size = 3
+
     def __init__(self, num_classes: int = 19, width: float = 1.0):
         super().__init__()
+        self.num_classes = num_classes
         if not width > 0:
             raise ValueError(f"fast_scnn: want width > 0, got {width}")
         c32, c48, c64, c96, c128 = (max(8, 8 * round(c * width / 8)) for c in (32, 48, 64, 96, 128))
@@ -129,19 +135,11 @@ class FastSCNN(nn.Module):
         self.feature_fusion = FeatureFusion(c64, c128, c128)
         self.classifier = Classifier(c128, num_classes)
 
-    def features(self, images: Tensor) -> Tensor:
-        """(N, 3, H, W) to the fused map (N, 128 width, about H/8, W/8) that the classifier reads."""
-        if images.dim() != 4 or images.shape[1] != 3 or min(images.shape[2:]) < 3:
-            raise ValueError(f"fast_scnn: want (N, 3, H, W) with H and W at least 3, got {tuple(images.shape)}")
+    def outputs(self, images: Tensor) -> Output:
         high = self.learning_to_downsample(images)
-        return self.feature_fusion(high, self.global_feature_extractor(high))
-
-    def head(self, features: Tensor, size: tuple[int, int]) -> Tensor:
-        """The fused map to logits (N, num_classes, *size)."""
-        return resize(self.classifier(features), size)
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.head(self.features(images), images.shape[2:])
+        low = self.global_feature_extractor(high)
+        fused = self.feature_fusion(high, low)
+        return Output(self.classifier(fused), (), {"stage1": high, "stage2": low, "pre_logits": fused})
 
 
 def resize(x: Tensor, size) -> Tensor:
@@ -152,6 +150,14 @@ def resize(x: Tensor, size) -> Tensor:
     paper="Poudel, Liwicki, Cipolla: Fast-SCNN: Fast Semantic Segmentation Network, arXiv:1902.04502",
     parameters=1_138_051,
     macs=6_708_323_168,
+    published=Published(
+        parameters="1.11 M",
+        miou="68.0 test, 68.6 val (Cityscapes)",
+        speed="123.5 fps, 1024x2048, Titan Xp",
+        source="arXiv:1902.04502, tables 3 and 4",
+    ),
+    official="Tramac/Fast-SCNN-pytorch (a port; the authors released no code)",
+    licence="Apache-2.0",
 )
 def fast_scnn(num_classes: int = 19, **options) -> FastSCNN:
     """Fast-SCNN; `width` scales every channel count."""

@@ -1,0 +1,114 @@
+"""What every network has in common: one contract, checked once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Output(NamedTuple):
+    """What `forward_features` gives.
+
+    logits: (N, classes, h, w) at the network's own stride.
+    aux: logits of the auxiliary heads, at theirs; empty without `aux=True`.
+    features: intermediate maps by name, from the input on. "pre_logits" is the map that the classifier reads, "stage1",
+        "stage2", ... are the encoder's stages; a network may name more.
+    """
+
+    logits: Tensor
+    aux: tuple[Tensor, ...]
+    features: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How the weights want their images: (image / divisor - mean) / std, channels in this order.
+
+    divisor is 255 where mean and std speak of the range 0 to 1, and 1 where they speak of 0 to 255.
+    """
+
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    divisor: float = 255.0
+    bgr: bool = False
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """RGB images (N, 3, H, W), uint8 or float in 0 to 255, to what the network takes, float32 or the images' float dtype."""
+        images = images if images.is_floating_point() else images.float()
+        images = images.flip(1) if self.bgr else images
+        mean, std = (images.new_tensor(values).view(1, 3, 1, 1) for values in (self.mean, self.std))
+        return (images / self.divisor - mean) / std
+
+
+class SegmentationModel(nn.Module):
+    """A network that maps images (N, 3, H, W) to logits (N, num_classes, H, W).
+
+    A subclass gives `outputs(images)` and sets what differs from the attributes below.
+    """
+
+    name = "network"
+    align_corners = False
+    min_size = 32
+    preprocessing = Preprocessing()
+
+    def outputs(self, images: Tensor) -> Output:
+        """The network proper; `images` have been checked."""
+        raise NotImplementedError
+
+    def forward_features(self, images: Tensor) -> Output:
+        """Logits at their own stride, auxiliary logits and named maps.
+
+        Raises:
+            TypeError: `images` are not floating-point.
+            ValueError: `images` are not (N, 3, H, W), or smaller than the network's strides allow.
+        """
+        shape = tuple(images.shape)
+        if len(shape) != 4 or shape[1] != 3 or min(shape[2:]) < self.min_size:
+            raise ValueError(f"{self.name}: want (N, 3, H, W) with H and W at least {self.min_size}, got {shape}")
+        if not images.is_floating_point():
+            raise TypeError(f"{self.name}: want floating-point images (see `preprocessing`), got {images.dtype}")
+        return self.outputs(images)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(N, 3, H, W) to logits (N, num_classes, H, W)."""
+        logits = self.forward_features(images).logits
+        return F.interpolate(logits, images.shape[2:], mode="bilinear", align_corners=self.align_corners)
+
+    @torch.no_grad()
+    def predict(self, image) -> np.ndarray | Tensor:
+        """The class of every pixel, with the preprocessing that the weights want.
+
+        Args:
+            image: a PIL image; a uint8 array (H, W, 3), RGB; or a uint8 tensor (3, H, W) or (N, 3, H, W), RGB.
+
+        Returns:
+            A uint8 array (H, W), of a tensor a tensor (H, W) or (N, H, W) on its device; int64 with more than 256 classes.
+
+        Raises:
+            TypeError, ValueError: anything else, and what `forward_features` raises.
+            RuntimeError: the network is in training mode.
+        """
+        if self.training:
+            raise RuntimeError(f"{self.name}: want evaluation mode for predict: call .eval() first")
+        if isinstance(image, Tensor):
+            pixels = image
+            if pixels.dtype != torch.uint8 or pixels.dim() not in (3, 4) or pixels.shape[-3] != 3:
+                raise ValueError(
+                    f"predict: want a uint8 tensor (3, H, W) or (N, 3, H, W), got {pixels.dtype} {tuple(pixels.shape)}"
+                )
+        else:
+            array = np.asarray(image.convert("RGB") if hasattr(image, "convert") else image)
+            if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3:
+                raise ValueError(f"predict: want a PIL image or a uint8 array (H, W, 3), got {array.dtype} {array.shape}")
+            pixels = torch.from_numpy(array.copy()).permute(2, 0, 1)
+        weight = next(self.parameters())
+        batch = self.preprocessing(pixels.reshape(-1, *pixels.shape[-3:]).to(weight.device)).to(weight.dtype)
+        logits = self(batch)
+        classes = logits.argmax(1).to(torch.uint8 if logits.shape[1] <= 256 else torch.int64)
+        classes = classes.reshape(*pixels.shape[:-3], *pixels.shape[-2:])
+        return classes.to(image.device) if isinstance(image, Tensor) else classes.cpu().numpy()
