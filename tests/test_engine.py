@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from segfast.models import Output, SegmentationModel
 from segfast.engine import Distillation, class_iou, confusion_matrix, cross_entropy, evaluate, mean_iou, supervised, train
+from segfast.models import Output, SegmentationModel
 
 
 def test_confusion_matrix_by_hand():
