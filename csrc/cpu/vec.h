@@ -132,10 +132,15 @@ SEGFAST_INLINE void store_n(T* p, Vec<compute<T>> v, int n) {
   for (int i = 0; i < n; ++i) p[i] = narrow_to<T>(lane<A>(v, i));
 }
 
-// exp within 2 ulp: 0 below 2^-126, infinity above 2^127, NaN kept. Round to n = x / ln 2 by adding 1.5 * 2^23, whose low
-// bits then hold n; a polynomial for the rest.
+// exp within 2 ulp: 0 below 2^-126 (AVX-512: denormal there), infinity above 2^127, NaN kept. Round to n = x / ln 2 by adding
+// 1.5 * 2^23, whose low bits then hold n; a polynomial for the rest.
 #ifdef __GNUC__
 SEGFAST_INLINE Vec<float> exp(Vec<float> x) {
+#if SEGFAST_BYTES == 64
+  // Beyond these bounds the result is 0 or infinity. Of two operands that are not ordered, max and min give the second.
+  x = (Vec<float>)_mm512_max_ps(_mm512_set1_ps(-110.0f), (__m512)x);
+  x = (Vec<float>)_mm512_min_ps(_mm512_set1_ps(100.0f), (__m512)x);
+#endif
   const Vec<float> shifted = x * 1.44269504f + 12582912.0f, n = shifted - 12582912.0f;
   const Vec<float> r = x - n * 0.693359375f - n * -2.12194440e-4f;
   Vec<float> p = splat(1.98756915e-4f);
@@ -144,10 +149,14 @@ SEGFAST_INLINE Vec<float> exp(Vec<float> x) {
   p = p * r + 4.16657959e-2f;
   p = p * r + 1.66666655e-1f;
   p = p * r + 5.00000012e-1f;
+#if SEGFAST_BYTES == 64
+  return (Vec<float>)_mm512_scalef_ps((__m512)(p * (r * r) + (r + 1.0f)), (__m512)n);
+#else
   p = p * r * r + r + 1.0f;
   const Vec<float> y = p * (Vec<float>)(((I32)shifted << 23) + 0x3f800000);
   const Vec<float> low = x < -87.3365f ? Vec<float>{} : y;
   return x > 88.0296f ? splat(__builtin_inff()) : (x == x ? low : x);
+#endif
 }
 // Natural logarithm of a normal number > 0 within 2 ulp; NaN and infinity kept.
 SEGFAST_INLINE Vec<float> log(Vec<float> x) {
@@ -180,10 +189,32 @@ SEGFAST_INLINE Vec<double> log(Vec<double> x) {
   return x;
 }
 
+// Past the caches, to an address that is a multiple of the vector; `fence` before another thread reads it.
+SEGFAST_INLINE void stream(float* p, Vec<float> v) {
+#if SEGFAST_BYTES == 64
+  _mm512_stream_ps(p, (__m512)v);
+#elif SEGFAST_BYTES == 32
+  _mm256_stream_ps(p, (__m256)v);
+#else
+  store(p, v);
+#endif
+}
+SEGFAST_INLINE void fence() {
+#if SEGFAST_BYTES > 16
+  _mm_sfence();
+#endif
+}
+
 // May name any address.
 SEGFAST_INLINE void prefetch([[maybe_unused]] const void* p) {
 #ifdef __GNUC__
   __builtin_prefetch(p);
+#endif
+}
+
+SEGFAST_INLINE void prefetch_l2([[maybe_unused]] const void* p) {
+#ifdef __GNUC__
+  __builtin_prefetch(p, 0, 2);
 #endif
 }
 
