@@ -25,10 +25,13 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from segfast import _backend, ops, testing
 from segfast.ops.ds_conv import _APPLY, ACTIVATIONS
 
-pytestmark = pytest.mark.skipif(
-    sys.platform != "linux" or not shutil.which(simt_build.COMPILER) or _backend.requested == "reference",
-    reason="the host build needs Linux and a C++ compiler",
-)
+pytestmark = [
+    pytest.mark.skipif(
+        sys.platform != "linux" or not shutil.which(simt_build.COMPILER) or _backend.requested == "reference",
+        reason="the host build needs Linux and a C++ compiler",
+    ),
+    pytest.mark.xdist_group("simt"),  # one worker: one build of the library
+]
 # Threads a block and blocks a grid: few blocks make every thread go round the grid.
 SHAPES = [(order, threads, blocks) for order in SCHEDULES for threads, blocks in ((64, 2), (256, 1 << 16))]
 every_op = pytest.mark.parametrize("op", OPS)
