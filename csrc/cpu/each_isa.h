@@ -12,6 +12,7 @@
 #ifndef SEGFAST_KERNELS
 #include <cmath>
 #include <cstring>
+#include <utility>
 
 #include "../common.h"
 
