@@ -12,6 +12,7 @@
 #ifndef SEGFAST_KERNELS
 #include <cmath>
 #include <cstring>
+#include <type_traits>
 #include <utility>
 
 #include "../common.h"

@@ -429,7 +429,7 @@ class Gradient {
       strip_ = strip;
       held_[0] = held_[1] = -1;
     }
-    // As Rows::want: a() and b() may be added to; a row that is no more wanted is summed.
+    // As Rows::want: a() and b() may be added to; a row that is no more wanted is summed. They are two also for one source row.
     void want(int64_t i0, int64_t i1) {
       if (held_[1] == i0 && held_[0] != i0) {
         finish(0);
@@ -437,11 +437,10 @@ class Gradient {
         std::swap(row_[0], row_[1]);
       }
       open(0, i0);
-      if (i1 != i0) open(1, i1);
-      same_ = i0 == i1;
+      open(1, i1);
     }
     A* a() const { return row_[0]; }
-    A* b() const { return row_[same_ ? 0 : 1]; }
+    A* b() const { return row_[1]; }
     void finish_strip() {
       finish(0);
       finish(1);
@@ -470,7 +469,6 @@ class Gradient {
     A* sums_ = nullptr;
     int64_t first_ = 0, held_[2] = {-1, -1};
     Strip strip_{};
-    bool same_ = false;
   };
 
   Tensor finish(ScalarType dtype) const {
@@ -488,7 +486,7 @@ class Gradient {
         }
         dispatch_float("upsample", dtype, [&](auto type) {
           using T = decltype(type);
-          if constexpr (!std::is_same_v<T, double> || std::is_same_v<A, double>) {
+          if constexpr (std::is_same_v<T, double> == std::is_same_v<A, double>) {
             SEGFAST_CALL(store_row<T, A>)
             (sum.data(), s.class_stride, s.classes, s.width, data<T>(out) + s.offset(image, row));
           }
