@@ -417,7 +417,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Problem<A>& problem, bool gradi
                                                 : empty({}, dtype, source.x);
   A* const each = options.reduction == none ? data<A>(loss) : nullptr;
   const double total = problem.run(p, cut, nullptr, static_cast<A>(1 / divisor), sums, each, nullptr);
-  if (each == nullptr) *data<A>(loss) = static_cast<A>(total / divisor);
+  if (options.reduction != none) *data<A>(loss) = static_cast<A>(total / divisor);
   const Tensor saved = sums.wanted() ? sums.finish(dtype) : empty({0}, dtype, source.x);
   const Tensor kept = empty({}, dtype, source.x);
   *data<A>(kept) = cut;
