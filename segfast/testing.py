@@ -128,6 +128,79 @@ def pixelwise_kl(dtype: torch.dtype, device: torch.device) -> Iterator[Sample]:
 
 
 @samples
+def upsample_argmax(dtype: torch.dtype, device: torch.device) -> Iterator[Sample]:
+    def sample(name, size, to, layout="contiguous", **kwargs):
+        return Sample(name, (3 * tensor(*size, dtype=dtype, device=device, layout=layout), to), kwargs)
+
+    for layout in LAYOUTS:
+        yield sample(f"2x7x5x9-13x22-{layout}", (2, 7, 5, 9), (13, 22), layout)
+    yield sample("1x19x6x5-x8-probability", (1, 19, 6, 5), (48, 40), return_probability=True)
+    yield sample("1x19x4x5-x8-channels_last", (1, 19, 4, 5), (32, 40), "channels_last", dtype=torch.int64)
+    yield sample("2x3x4x3-corners", (2, 3, 4, 3), (9, 9), align_corners=True, return_probability=True)
+    yield sample("1x5x17x19-down", (1, 5, 17, 19), (6, 4), dtype=torch.int32)
+    yield sample("1x40x1x7-one-row", (1, 40, 1, 7), (5, 30))
+    yield sample("1x2x5x1-one-column-corners", (1, 2, 5, 1), (20, 3), align_corners=True)
+    yield sample("2x1x3x3-one-class", (2, 1, 3, 3), 7)
+    yield sample("1x300x3x3-int32", (1, 300, 3, 3), (3, 6), dtype=torch.int32)
+    yield sample("0x3x2x2", (0, 3, 2, 2), (4, 4))
+
+
+@samples
+def upsample_cross_entropy(dtype: torch.dtype, device: torch.device) -> Iterator[Sample]:
+    def sample(name, size, to, layout="contiguous", ignored=0.2, weighted=False, labels=torch.int64, **kwargs):
+        generator = torch.Generator().manual_seed(1)
+        target = torch.randint(0, size[1], (size[0], *to), generator=generator)
+        target[torch.rand(target.shape, generator=generator) < ignored] = kwargs.get("ignore_index", 255)
+        if weighted:
+            values = 0.5 + torch.rand(size[1], generator=generator, dtype=torch.float64)
+            kwargs["weight"] = values.to(device=device, dtype=dtype)
+        logits = 2 * tensor(*size, dtype=dtype, device=device, layout=layout)
+        return Sample(name, (logits, target.to(device=device, dtype=labels)), kwargs)
+
+    for layout in LAYOUTS:
+        yield sample(f"2x7x5x9-13x22-{layout}", (2, 7, 5, 9), (13, 22), layout)
+    yield sample("1x19x4x5-x8", (1, 19, 4, 5), (32, 40), labels=torch.uint8)
+    yield sample("1x19x4x5-x8-smooth-weight", (1, 19, 4, 5), (32, 40), "channels_last", weighted=True, label_smoothing=0.1)
+    yield sample("2x4x4x3-corners-sum", (2, 4, 4, 3), (9, 9), align_corners=True, reduction="sum", ignore_index=-100)
+    yield sample("2x4x4x3-none-weight", (2, 4, 4, 3), (9, 10), reduction="none", weighted=True, label_smoothing=0.2)
+    yield sample("1x5x9x10-down", (1, 5, 9, 10), (4, 3), labels=torch.int32)
+    yield sample("2x6x5x7-ohem", (2, 6, 5, 7), (17, 20), ohem_threshold=0.3)
+    yield sample("2x6x5x7-ohem-least", (2, 6, 5, 7), (17, 20), ohem_threshold=0.01, ohem_min_kept=90, weighted=True)
+    yield sample("1x6x5x7-ohem-none", (1, 6, 5, 7), (11, 9), ohem_threshold=0.1, ohem_min_kept=20, reduction="none")
+    yield sample("1x3x1x4-one-row", (1, 3, 1, 4), (3, 9))
+    yield sample("1x40x4x1-one-column", (1, 40, 4, 1), (9, 3), align_corners=True)
+    yield sample("1x5x3x3-all-ignored", (1, 5, 3, 3), (7, 7), ignored=2)
+    yield sample("0x3x2x2", (0, 3, 2, 2), (4, 4))
+    yield sample("2x1x2x2-one-class", (2, 1, 2, 2), (3, 3))
+
+
+@samples
+def upsample_pixelwise_kl(dtype: torch.dtype, device: torch.device) -> Iterator[Sample]:
+    def sample(name, size, teacher_size, to, layout="contiguous", ignored=None, mask=False, **kwargs):
+        generator = torch.Generator().manual_seed(1)
+        sizes = (size, (*size[:2], *teacher_size))
+        student, teacher = (3 * tensor(*s, dtype=dtype, device=device, layout=layout, seed=seed) for seed, s in enumerate(sizes))
+        pixels = (size[0], *to) if isinstance(to, tuple) else (size[0], to, to)
+        if ignored is not None:
+            target = torch.where(torch.rand(pixels, generator=generator) < ignored, 255, 3)
+            kwargs["target"] = target.to(device)
+        if mask:
+            kwargs["mask"] = (torch.rand(pixels, generator=generator) < 0.7).to(device)
+        return Sample(name, (student, teacher, to), kwargs)
+
+    for layout in LAYOUTS:
+        yield sample(f"2x7x5x9-3x4-13x22-{layout}", (2, 7, 5, 9), (3, 4), (13, 22), layout)
+    yield sample("1x19x4x5-x8-x4-T4", (1, 19, 4, 5), (8, 10), (32, 40), temperature=4.0)
+    yield sample("1x19x3x5-x4-x1-channels_last", (1, 19, 3, 5), (12, 20), (12, 20), "channels_last", temperature=0.7)
+    yield sample("2x4x4x3-corners-target", (2, 4, 4, 3), (5, 5), (9, 9), ignored=0.3, align_corners=True)
+    yield sample("2x4x4x3-none", (2, 4, 4, 3), (2, 2), (9, 10), ignored=0.3, mask=True, reduction="none", temperature=2)
+    yield sample("1x5x9x10-down-sum", (1, 5, 9, 10), (12, 7), (4, 3), mask=True, reduction="sum")
+    yield sample("2x40x1x4-one-row-batchmean", (2, 40, 1, 4), (3, 1), 6, reduction="batchmean")
+    yield sample("1x5x3x3-all-ignored", (1, 5, 3, 3), (2, 2), (7, 7), ignored=2)
+    yield sample("0x3x2x2-sum", (0, 3, 2, 2), (1, 1), (4, 4), reduction="sum")
+
+
+@samples
 def concat_shuffle(dtype: torch.dtype, device: torch.device) -> Iterator[Sample]:
     def parts(size, channels, layout="contiguous"):
         n, h, w = size
@@ -172,6 +245,34 @@ def pixelwise_kl_large(dtype: torch.dtype, device: torch.device) -> Iterator[Sam
         for size in ((2, 19, 128, 256), (2, 150, 64, 64)):
             pair = tuple(3 * tensor(*size, dtype=dtype, device=device, layout=layout, seed=i) for i in (0, 1))
             yield Sample(f"{'x'.join(map(str, size))}-{layout}", pair)
+
+
+@large_samples
+def upsample_argmax_large(dtype: torch.dtype, device: torch.device) -> Iterator[Sample]:
+    for layout in ("contiguous", "channels_last"):
+        logits = 3 * tensor(2, 19, 32, 64, dtype=dtype, device=device, layout=layout)
+        yield Sample(f"2x19x32x64-x8-{layout}", (logits, (256, 512)), {"return_probability": layout == "channels_last"})
+
+
+@large_samples
+def upsample_cross_entropy_large(dtype: torch.dtype, device: torch.device) -> Iterator[Sample]:
+    for layout in ("contiguous", "channels_last"):
+        logits = 2 * tensor(2, 19, 32, 64, dtype=dtype, device=device, layout=layout)
+        target = torch.randint(0, 20, (2, 250, 500), generator=torch.Generator().manual_seed(1))
+        options = {"ignore_index": 19, "ohem_threshold": 0.2, "ohem_min_kept": 50000} if layout == "contiguous" else {}
+        yield Sample(
+            f"2x19x32x64-{layout}", (logits, torch.where(target < 19, target, 19 if options else 255).to(device)), options
+        )
+
+
+@large_samples
+def upsample_pixelwise_kl_large(dtype: torch.dtype, device: torch.device) -> Iterator[Sample]:
+    for layout in ("contiguous", "channels_last"):
+        student, teacher = (
+            3 * tensor(2, 19, *size, dtype=dtype, device=device, layout=layout, seed=seed)
+            for seed, size in enumerate(((32, 64), (64, 128)))
+        )
+        yield Sample(f"2x19x32x64-{layout}", (student, teacher, (250, 500)))
 
 
 def ds_conv_sample(

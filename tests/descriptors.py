@@ -104,6 +104,84 @@ def build_pixelwise_kl(size, temperature, target, mask, reduction, teacher_layou
     return testing.Sample("", (student, teacher), kwargs)
 
 
+def describe_upsampling(integer, choice, classes):
+    return {
+        "size": [integer(0, 2), integer(1, classes), integer(1, 9), integer(1, 11)],
+        "to": [integer(1, 40), integer(1, 50)],
+        "align_corners": choice((False, True)),
+    }
+
+
+@describes
+def describe_upsample_argmax(integer, choice):
+    return {
+        **describe_upsampling(integer, choice, 70),
+        "classes_dtype": choice(("uint8", "int32", "int64")),
+        "return_probability": choice((False, True)),
+    }
+
+
+@builds
+def build_upsample_argmax(size, to, align_corners, classes_dtype, return_probability, dtype, layout, seed):
+    logits = 3 * make(*size, dtype=dtype, layout=layout, seed=seed)
+    kwargs = {"dtype": getattr(torch, classes_dtype), "return_probability": return_probability}
+    return testing.Sample("", (logits, tuple(to), align_corners), kwargs)
+
+
+@describes
+def describe_upsample_cross_entropy(integer, choice):
+    return {
+        **describe_upsampling(integer, choice, 40),
+        "target": choice((None, "some ignored", "all ignored")),
+        "labels": choice(("int64", "int32", "uint8", "int16")),
+        "weight": choice((False, True)),
+        "label_smoothing": choice((0.0, 0.0, 0.1, 1.0)),
+        "ohem": choice((None, None, [0.3, 0], [0.05, 50])),
+        "reduction": choice(("mean", "mean", "sum", "none")),
+    }
+
+
+@builds
+def build_upsample_cross_entropy(
+    size, to, align_corners, target, labels, weight, label_smoothing, ohem, reduction, dtype, layout, seed
+):
+    logits = 2 * make(*size, dtype=dtype, layout=layout, seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    classes = torch.randint(0, size[1], (size[0], *to), generator=generator)
+    if target:
+        classes[torch.rand(classes.shape, generator=generator) < (2.0 if target == "all ignored" else 0.3)] = 101
+    kwargs = {"ignore_index": 101, "label_smoothing": label_smoothing, "reduction": reduction, "align_corners": align_corners}
+    if weight:
+        kwargs["weight"] = (0.5 + torch.rand(size[1], generator=generator, dtype=torch.float64)).to(DTYPES[dtype])
+    if ohem:
+        kwargs |= {"ohem_threshold": ohem[0], "ohem_min_kept": ohem[1]}
+    return testing.Sample("", (logits, classes.to(getattr(torch, labels))), kwargs)
+
+
+@describes
+def describe_upsample_pixelwise_kl(integer, choice):
+    return {
+        **describe_upsampling(integer, choice, 40),
+        "teacher_size": [integer(1, 12), integer(1, 12)],
+        "temperature": choice((1.0, 4.0, 0.7)),
+        "target": choice((None, "some ignored", "all ignored")),
+        "mask": choice((False, True)),
+        "reduction": choice(("mean", "sum", "batchmean", "none")),
+        "teacher_layout": choice((None, "contiguous", "channels_last")),
+    }
+
+
+@builds
+def build_upsample_pixelwise_kl(
+    size, to, align_corners, teacher_size, temperature, target, mask, reduction, teacher_layout, dtype, layout, seed
+):
+    teacher = make(*size[:2], *teacher_size, dtype=dtype, layout=teacher_layout or layout, seed=seed + 1)
+    plain = {"temperature": temperature, "target": target, "mask": mask, "reduction": reduction, "teacher_layout": None}
+    sample = build_pixelwise_kl(size=[*size[:2], *to], dtype="float32", layout="contiguous", seed=seed, **plain)
+    student = make(*size, dtype=dtype, layout=layout, seed=seed)
+    return testing.Sample("", (student, teacher, tuple(to)), {**sample.kwargs, "align_corners": align_corners})
+
+
 def describe_nodes(integer, choice):
     return {
         "node_size": choice((1, 2, 3, [2, 1], [3, 4])),

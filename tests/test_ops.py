@@ -158,6 +158,8 @@ def test_second_derivative(op):
     for sample in few(op, torch.float64, 4):
         g, inputs = closed(getattr(ops, op), sample)
         inputs = [copy(x).requires_grad_() for x in inputs]
+        if not any(y.requires_grad for y in tree_leaves(g(*inputs))):
+            pytest.skip("has no first one")
         refusal = "twice"
         try:
             assert torch.autograd.gradgradcheck(g, inputs, fast_mode=True)
@@ -166,6 +168,10 @@ def test_second_derivative(op):
         except RuntimeError as raised:
             refusal = str(raised)
         assert "twice" in refusal or op in refusal, f"{op} {sample}: not a clear refusal: {refusal}"
+
+
+def eps(x: Tensor) -> float:
+    return torch.finfo(x.dtype).eps if x.is_floating_point() else 0.0
 
 
 def compare_compiled(op: str, sample: testing.Sample, backend: str) -> None:
@@ -177,7 +183,7 @@ def compare_compiled(op: str, sample: testing.Sample, backend: str) -> None:
             assert (a is None) == (e is None)
             if a is not None:
                 assert a.dtype == e.dtype
-                assert error(a, e) <= 8 * torch.finfo(a.dtype).eps * scale(e), f"{op} {sample} through {backend}"
+                assert error(a, e) <= 8 * eps(a) * scale(e), f"{op} {sample} through {backend}"
 
 
 @every_op
@@ -197,7 +203,7 @@ def test_compile_dynamic_shapes(op):
     function = torch.compile(getattr(ops, op), fullgraph=True, backend="aot_eager", dynamic=True)
     sample = few(op, torch.float32, 1)[0]
     for a, e in zip(evaluate(function, sample).all(), evaluate(getattr(ops, op), sample).all(), strict=True):
-        assert error(a, e) <= 8 * torch.finfo(a.dtype).eps * scale(e)
+        assert error(a, e) <= 8 * eps(a) * scale(e)
 
 
 @every_op
@@ -268,7 +274,9 @@ def test_transforms_fall_to_the_reference(op):
             actual = transform(g, inputs)
             assert _backend._C.kernel_calls() == before, f"{op} {sample}: a kernel ran under {name}"
             for a, e in zip(tree_leaves(actual), tree_leaves(expected), strict=True):
-                assert torch.allclose(a, e, rtol=1e-12, atol=1e-14, equal_nan=True), f"{op} {sample} under {name}"
+                assert (a is None) == (e is None)  # a tangent
+                same = a is None or torch.allclose(a, e, rtol=1e-12, atol=1e-14, equal_nan=True)
+                assert same, f"{op} {sample} under {name}"
 
 
 @every_op

@@ -12,6 +12,8 @@
 #ifndef SEGFAST_KERNELS
 #include <cmath>
 #include <cstring>
+#include <type_traits>
+#include <utility>
 
 #include "../common.h"
 

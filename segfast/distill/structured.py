@@ -1,12 +1,14 @@
 """Structured Knowledge Distillation for Semantic Segmentation (Liu et al., arXiv:1903.04197): its losses as modules."""
 
 import math
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from segfast import ops
 from segfast.ops.pixelwise_kl import check_options, valid_pixels
+from segfast.ops.upsample_argmax import check_size
 
 
 class PairWiseLoss(nn.Module):
@@ -81,13 +83,23 @@ class PixelWiseLoss(nn.Module):
         temperature, ignore_index, reduction: as in `segfast.ops.pixelwise_kl`. With "official", temperature and reduction are
             the preset's and must be left alone.
         preset: "paper" or "official".
+        size: (H, W), or an int for both, to which student and teacher, at strides of their own, are interpolated bilinearly on
+            the way (`segfast.ops.upsample_pixelwise_kl`); None: both have one size already.
+        align_corners: of the interpolation.
 
     Raises:
         ValueError: an unknown preset, an option that the preset sets itself, and what `segfast.ops.pixelwise_kl` raises.
     """
 
     def __init__(
-        self, *, temperature: float = 1.0, ignore_index: int = 255, reduction: str = "mean", preset: str = "paper"
+        self,
+        *,
+        temperature: float = 1.0,
+        ignore_index: int = 255,
+        reduction: str = "mean",
+        preset: str = "paper",
+        size: int | tuple[int, int] | None = None,
+        align_corners: bool = False,
     ) -> None:
         super().__init__()
         if preset not in ("paper", "official"):
@@ -99,20 +111,24 @@ class PixelWiseLoss(nn.Module):
             )
         check_options("PixelWiseLoss", temperature, reduction)
         self.temperature, self.ignore_index, self.reduction, self.preset = temperature, ignore_index, reduction, preset
+        self.size, self.align_corners = None if size is None else check_size("PixelWiseLoss", size), align_corners
 
     def forward(self, student: Tensor, teacher: Tensor, target: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        """The loss of logits (N, C, H, W); `target` and `mask` (N, H, W) say which pixels count."""
+        """The loss of logits (N, C, H, W); `target` and `mask` (N, H, W), of `size` if set, say which pixels count."""
         options = {"target": target, "ignore_index": self.ignore_index, "mask": mask}
+        divergence_of = ops.pixelwise_kl
+        if self.size is not None:
+            divergence_of = partial(ops.upsample_pixelwise_kl, size=self.size, align_corners=self.align_corners)
         if self.preset == "paper":
-            return ops.pixelwise_kl(student, teacher, temperature=self.temperature, reduction=self.reduction, **options)
-        divergence = ops.pixelwise_kl(student, teacher, reduction="sum", **options)
-        entropy = ops.pixelwise_kl(torch.zeros_like(teacher), teacher, reduction="none", **options)
+            return divergence_of(student, teacher, temperature=self.temperature, reduction=self.reduction, **options)
+        divergence = divergence_of(student, teacher, reduction="sum", **options)
+        entropy = divergence_of(torch.zeros_like(teacher), teacher, reduction="none", **options)
         valid = valid_pixels(target, self.ignore_index, mask)
         pixels = entropy.numel() if valid is None else valid.sum()
-        return (divergence + pixels * math.log(teacher.shape[1]) - entropy.sum()) / student.shape[3] / student.shape[2]
+        return (divergence + pixels * math.log(teacher.shape[1]) - entropy.sum()) / entropy.shape[2] / entropy.shape[1]
 
     def extra_repr(self) -> str:
         return (
             f"temperature={self.temperature}, ignore_index={self.ignore_index}, reduction={self.reduction!r}, "
-            f"preset={self.preset!r}"
+            f"preset={self.preset!r}" + (f", size={self.size}, align_corners={self.align_corners}" if self.size else "")
         )

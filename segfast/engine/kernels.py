@@ -116,7 +116,8 @@ def most(fused: list[Tensor], exact: list[Tensor], errors: list[float]) -> float
     worst = 0.0
     for x, truth, error in zip(fused, exact, errors, strict=True):
         largest = float(truth[truth.isfinite()].abs().max()) if truth.isfinite().any() else 0.0
-        allowed, off = 2 * error + 4 * torch.finfo(x.dtype).eps * largest, distance(x, truth)
+        eps = torch.finfo(x.dtype).eps if x.is_floating_point() else 0.0  # a whole number is right or wrong
+        allowed, off = 2 * error + 4 * eps * largest, distance(x, truth)
         worst = max(worst, off / allowed if allowed else (0.0 if off == 0 else float("inf")))
     return worst
 

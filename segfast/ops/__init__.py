@@ -6,5 +6,19 @@ from segfast.ops.ds_conv import BatchNorm, ds_conv
 from segfast.ops.pairwise_cosine import pairwise_cosine
 from segfast.ops.pairwise_loss import pairwise_loss
 from segfast.ops.pixelwise_kl import pixelwise_kl
+from segfast.ops.upsample_argmax import upsample_argmax
+from segfast.ops.upsample_cross_entropy import upsample_cross_entropy
+from segfast.ops.upsample_pixelwise_kl import upsample_pixelwise_kl
 
-__all__ = ["BatchNorm", "channel_shuffle", "concat_shuffle", "ds_conv", "pairwise_cosine", "pairwise_loss", "pixelwise_kl"]
+__all__ = [
+    "BatchNorm",
+    "channel_shuffle",
+    "concat_shuffle",
+    "ds_conv",
+    "pairwise_cosine",
+    "pairwise_loss",
+    "pixelwise_kl",
+    "upsample_argmax",
+    "upsample_cross_entropy",
+    "upsample_pixelwise_kl",
+]
