@@ -25,12 +25,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 TABLE = Path(__file__).with_suffix(".json")
 SOURCES = sorted(path.stem for path in (ROOT / "csrc" / "cuda").glob("*.cu"))
-ARCHITECTURES = ("75", "80", "86", "89", "90", "100", "120")
+ARCHITECTURES = ("75", "80", "86", "87", "89", "90", "100", "120")
 # Threads, blocks, shared bytes of a multiprocessor, shared bytes that a block pays on top; registers are 65536 everywhere.
 LIMITS = {
     "75": (1024, 16, 64 << 10, 0),
     "80": (2048, 32, 164 << 10, 1024),
     "86": (1536, 16, 100 << 10, 1024),
+    "87": (1536, 16, 164 << 10, 1024),
     "89": (1536, 24, 100 << 10, 1024),
     "90": (2048, 32, 228 << 10, 1024),
     "100": (2048, 32, 228 << 10, 1024),

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import importlib
 import os
+import shutil
 
 import pytest
+import simt_build
+import simt_host
 import torch
 import triton
 from conftest import count
@@ -207,9 +210,27 @@ def test_pixelwise_kl_carries_infinities_as_eager_does(layout):
 @pytest.mark.parametrize("how", ("fused", "two kernels", "convolutions"))
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float16), ids=("float32", "float16"))
 def test_ds_conv_every_plan(how, dtype, monkeypatch):
-    monkeypatch.setattr(ds_conv, "plan", lambda *sizes: how)
+    monkeypatch.setattr(ds_conv, "plan", lambda *sizes, **layout: how)
     for sample in [sample for sample in blocks(dtype) if not sample.kwargs["training"]][: count(2, 100)]:
         check_rule("ds_conv", sample, [])
+
+
+@pytest.mark.skipif(not shutil.which(simt_build.COMPILER), reason="the host build of the CUDA kernels needs a C++ compiler")
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+def test_ds_conv_with_its_depthwise_half_in_cuda(dtype, monkeypatch):
+    """Contiguous blocks, inference and training, with the CUDA C++ kernels as compiled for the host."""
+    kernels = simt_host.kernels()
+    for name in ("depthwise", "depthwise_train"):
+        monkeypatch.setattr(torch.ops.segfast, name, getattr(torch.ops.segfast_simt, name))
+    monkeypatch.setattr(ds_conv, "HAS_DEPTHWISE", True)
+    monkeypatch.setattr(ds_conv, "plan", lambda *sizes, contiguous, compiled: "c++ depthwise" if contiguous else "fused")
+    samples = list(blocks(dtype))
+    for sample in samples if count(0, 1) or dtype == torch.float32 else samples[:3]:
+        kernels.take_counts()
+        check_rule("ds_conv", relaid(sample, "contiguous"), None if sample.kwargs["training"] else [])
+        assert kernels.take_counts()[0], f"{sample}: no CUDA kernel ran"
+        check_rule("ds_conv", relaid(sample, "channels_last"), [])
+        assert not kernels.take_counts()[0], f"{sample}: the CUDA kernel is for contiguous tensors"
 
 
 @every_op
