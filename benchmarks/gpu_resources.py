@@ -164,7 +164,21 @@ def cuda(known: dict, architectures: tuple[str, ...], sources: list[str]) -> dic
     return {"nvcc": nvcc_version(), "resources": resources, "bytes": bytes_moved()}
 
 
-PARTS: dict[str, Callable[..., dict]] = {"cuda": cuda}
+def count_triton_bytes(select: str = "") -> dict[str, dict]:
+    """What benchmarks/gpu_bytes_triton.py counts, in a process of its own: kernels are interpreted from their definition on."""
+    environment = {"TRITON_INTERPRET": "1", "SEGFAST_BACKEND": "triton", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    command = [sys.executable, str(Path(__file__).with_name("gpu_bytes_triton.py")), "--select", select]
+    done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(done.stderr)
+    return json.loads(done.stdout)
+
+
+def triton_bytes(known: dict, architectures: tuple[str, ...], sources: list[str]) -> dict:
+    return count_triton_bytes()
+
+
+PARTS: dict[str, Callable[..., dict]] = {"cuda": cuda, "triton_bytes": triton_bytes}
 
 
 def main() -> None:

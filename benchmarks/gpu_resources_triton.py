@@ -238,7 +238,17 @@ def one_cases():
 
         yield f"ones-pairwise_loss-{'float64' if fast else 'tiled'}", losses
     yield "ones-pairwise_cosine", lambda: launcher("pairwise_cosine", "pairwise_cosine_backward")(node, node, 1e-8)
-    yield "ones-ds_conv", lambda: module.ds_conv(one, weight, None, *vector, 1e-5, weight, None, *vector, 1e-5, *options)
+
+    def inference(how):
+        kept = module.plan
+        try:
+            module.plan = lambda *sizes, **layout: how
+            module.ds_conv(one, weight, None, *vector, 1e-5, weight, None, *vector, 1e-5, *options)
+        finally:
+            module.plan = kept
+
+    for how in ("fused", "c++ depthwise"):
+        yield f"ones-ds_conv-{how}", lambda how=how: inference(how)
     yield "ones-ds_conv_train", lambda: module.ds_conv_train(pair, weight, None, *train, weight, None, *train, *options)
     for batch in (True, False):
         statistics = *vector, 1e-5, batch

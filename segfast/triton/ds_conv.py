@@ -40,7 +40,8 @@ BOTH = {
 ELEMENTWISE = {"BLOCK_PIXELS": 32, "BLOCK_CHANNELS": 32, "num_warps": 4}
 COMBINE = {"BLOCK_PARTS": 64, "BLOCK_CHANNELS": 16, "num_warps": 4}
 PARTS = 512  # programs, at most, that leave partial sums of a channel
-WEIGHT_PARTS = 64  # the same where a partial sum is a weight
+TAP_PARTS = 128  # the same where a partial sum is a depthwise weight
+WEIGHT_PARTS = 64  # and where it is a pointwise one, at least where there is enough to do
 
 
 # 1: relu, 2: relu6, 3: silu, 4: hardswish, as in ACTIVATIONS of segfast/ops/ds_conv.py
@@ -763,7 +764,7 @@ def ds_conv_backward(
         dw_center, dw_slope = join_gradients(sums, products, dw_var, dw_gamma, ones, s, dw_eps, dw_batch)
 
         pixels = s.n * s.h * s.w
-        parts, steps = s.parts(block["BLOCK_PIXELS"], pixels=pixels)
+        parts, steps = s.parts(block["BLOCK_PIXELS"], TAP_PARTS, pixels)
         partial = x.new_empty((parts, s.c, taps), dtype=s.statistics)
         depthwise_backward[(parts, triton.cdiv(s.c, block["BLOCK_CHANNELS"]))](
             *(source, u, g1, dw, dw_mean, dw_var, dw_gamma, dw_center, dw_slope, grad_x, partial),
