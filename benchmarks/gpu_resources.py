@@ -25,12 +25,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 TABLE = Path(__file__).with_suffix(".json")
 SOURCES = sorted(path.stem for path in (ROOT / "csrc" / "cuda").glob("*.cu"))
-ARCHITECTURES = ("75", "80", "86", "89", "90", "100", "120")
+ARCHITECTURES = ("75", "80", "86", "87", "89", "90", "100", "120")
 # Threads, blocks, shared bytes of a multiprocessor, shared bytes that a block pays on top; registers are 65536 everywhere.
 LIMITS = {
     "75": (1024, 16, 64 << 10, 0),
     "80": (2048, 32, 164 << 10, 1024),
     "86": (1536, 16, 100 << 10, 1024),
+    "87": (1536, 16, 164 << 10, 1024),
     "89": (1536, 24, 100 << 10, 1024),
     "90": (2048, 32, 228 << 10, 1024),
     "100": (2048, 32, 228 << 10, 1024),
@@ -163,7 +164,21 @@ def cuda(known: dict, architectures: tuple[str, ...], sources: list[str]) -> dic
     return {"nvcc": nvcc_version(), "resources": resources, "bytes": bytes_moved()}
 
 
-PARTS: dict[str, Callable[..., dict]] = {"cuda": cuda}
+def count_triton_bytes(select: str = "") -> dict[str, dict]:
+    """What benchmarks/gpu_bytes_triton.py counts, in a process of its own: kernels are interpreted from their definition on."""
+    environment = {"TRITON_INTERPRET": "1", "SEGFAST_BACKEND": "triton", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    command = [sys.executable, str(Path(__file__).with_name("gpu_bytes_triton.py")), "--select", select]
+    done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(done.stderr)
+    return json.loads(done.stdout)
+
+
+def triton_bytes(known: dict, architectures: tuple[str, ...], sources: list[str]) -> dict:
+    return count_triton_bytes()
+
+
+PARTS: dict[str, Callable[..., dict]] = {"cuda": cuda, "triton_bytes": triton_bytes}
 
 
 def main() -> None:

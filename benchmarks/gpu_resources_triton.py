@@ -27,7 +27,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 TABLE = Path(__file__).resolve().parent / "gpu_resources.json"
-TARGETS = (80, 90, 100, 120)
+TARGETS = (80, 87, 90, 100, 120)
 META = torch.device("meta")
 _TYPES = {
     torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64", torch.uint8: "u8",
@@ -147,8 +147,8 @@ def ds_conv_cases():
 
     for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         for tf32 in (False, True) if dtype == torch.float32 else (False,):
-            for c, k, stride in ((32, 48, 2), (64, 64, 1), (128, 128, 1)):
-                if dtype == torch.float64 and c != 64:
+            for c, k, stride in ((32, 48, 2), (64, 64, 1), (128, 128, 1), (64, 192, 1)):
+                if dtype == torch.float64 and (c, k) != (64, 64):
                     continue
                 x = feature_map(2, c, 64, 128, dtype, True)
                 oh, ow = 64 // stride, 128 // stride
@@ -164,7 +164,7 @@ def ds_conv_cases():
                 def run(schema, *arguments, how="fused", tf32=tf32):
                     kept, before = module.plan, torch.backends.cuda.matmul.allow_tf32
                     try:
-                        module.plan = lambda *sizes: how
+                        module.plan = lambda *sizes, **layout: how
                         torch.backends.cuda.matmul.allow_tf32 = tf32
                         getattr(module, schema)(*arguments)
                     finally:
@@ -175,6 +175,10 @@ def ds_conv_cases():
                 backward = y, x, u, y, dw, *one, 1e-5, True, pw, *two, 1e-5, True, *options, True
                 yield f"ds_conv-{name}-fused", lambda run=run, a=inference: run("ds_conv", *a)
                 yield f"ds_conv-{name}-two", lambda run=run, a=inference: run("ds_conv", *a, how="two kernels")
+                if dtype != torch.float64 and (c, k) == (64, 64):
+                    contiguous = x.contiguous(), *inference[1:]
+                    for how in ("convolutions", "c++ depthwise"):
+                        yield f"ds_conv-{name}-{how}", lambda run=run, a=contiguous, how=how: run("ds_conv", *a, how=how)
                 yield f"ds_conv_train-{name}", lambda run=run, a=train: run("ds_conv_train", *a)
                 yield f"ds_conv_backward-{name}", lambda run=run, a=backward: run("ds_conv_backward", *a)
 
@@ -234,7 +238,17 @@ def one_cases():
 
         yield f"ones-pairwise_loss-{'float64' if fast else 'tiled'}", losses
     yield "ones-pairwise_cosine", lambda: launcher("pairwise_cosine", "pairwise_cosine_backward")(node, node, 1e-8)
-    yield "ones-ds_conv", lambda: module.ds_conv(one, weight, None, *vector, 1e-5, weight, None, *vector, 1e-5, *options)
+
+    def inference(how):
+        kept = module.plan
+        try:
+            module.plan = lambda *sizes, **layout: how
+            module.ds_conv(one, weight, None, *vector, 1e-5, weight, None, *vector, 1e-5, *options)
+        finally:
+            module.plan = kept
+
+    for how in ("fused", "c++ depthwise"):
+        yield f"ones-ds_conv-{how}", lambda how=how: inference(how)
     yield "ones-ds_conv_train", lambda: module.ds_conv_train(pair, weight, None, *train, weight, None, *train, *options)
     for batch in (True, False):
         statistics = *vector, 1e-5, batch

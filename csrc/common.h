@@ -15,6 +15,7 @@
 #include <limits>
 #include <optional>
 #include <tuple>
+#include <vector>
 
 #ifdef __linux__
 #include <sys/mman.h>
@@ -73,9 +74,8 @@ void dispatch_float(const char* op, ScalarType dtype, F&& f) {
   }
 }
 
-// Twin of segfast._backend.layout: channels_last (and not also contiguous) stays, anything else becomes contiguous.
-inline bool is_channels_last(const Tensor& x) {
-  if (x.dim() != 4 || x.is_contiguous()) return false;
+// Dense in the order N, H, W, C; it may be contiguous too.
+inline bool fits_channels_last(const Tensor& x) {
   const auto size = x.sizes();
   const auto stride = x.strides();
   int64_t expected = 1;
@@ -84,6 +84,19 @@ inline bool is_channels_last(const Tensor& x) {
     expected *= size[d];
   }
   return true;
+}
+
+// Twin of segfast._backend.layout: channels_last (and not also contiguous) stays, anything else becomes contiguous.
+inline bool is_channels_last(const Tensor& x) { return x.dim() == 4 && !x.is_contiguous() && fits_channels_last(x); }
+
+// Twin of concat_layout in segfast/ops/concat_shuffle.py: tensors that are contiguous too follow the others.
+inline bool concat_channels_last(const std::vector<Tensor>& tensors) {
+  bool any = false;
+  for (const Tensor& t : tensors) {
+    if (!fits_channels_last(t)) return false;
+    any = any || !t.is_contiguous();
+  }
+  return any;
 }
 
 inline Tensor contiguous_as(const Tensor& x, bool channels_last) {

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import importlib
 import os
+import shutil
 
 import pytest
+import simt_build
+import simt_host
 import torch
 import triton
 from conftest import count
@@ -55,7 +58,11 @@ for _op, _schemas in SCHEMAS.items():
 
 pairwise_loss = importlib.import_module("segfast.triton.pairwise_loss")
 ds_conv = importlib.import_module("segfast.triton.ds_conv")
-ds_conv.PARTS, ds_conv.WEIGHT_PARTS = 3, 2  # several tiles a program, several programs, at sizes that an interpreter can do
+ds_conv.PARTS, ds_conv.TAP_PARTS, ds_conv.WEIGHT_PARTS = (
+    3,
+    3,
+    2,
+)  # several tiles a program, several programs, at sizes that an interpreter can do
 
 DTYPES = (torch.float32, torch.float16, torch.float64)
 TRITON_OPS = [op for op in OPS if op in SCHEMAS]
@@ -207,9 +214,26 @@ def test_pixelwise_kl_carries_infinities_as_eager_does(layout):
 @pytest.mark.parametrize("how", ("fused", "two kernels", "convolutions"))
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float16), ids=("float32", "float16"))
 def test_ds_conv_every_plan(how, dtype, monkeypatch):
-    monkeypatch.setattr(ds_conv, "plan", lambda *sizes: how)
+    monkeypatch.setattr(ds_conv, "plan", lambda *sizes, **layout: how)
     for sample in [sample for sample in blocks(dtype) if not sample.kwargs["training"]][: count(2, 100)]:
         check_rule("ds_conv", sample, [])
+
+
+@pytest.mark.skipif(not shutil.which(simt_build.COMPILER), reason="the host build of the CUDA kernels needs a C++ compiler")
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+def test_ds_conv_with_its_depthwise_half_in_cuda(dtype, monkeypatch):
+    """Contiguous blocks, inference and training, with the CUDA C++ kernels as compiled for the host."""
+    kernels = simt_host.kernels()
+    for name in ("depthwise", "depthwise_train"):
+        monkeypatch.setattr(torch.ops.segfast, name, getattr(torch.ops.segfast_simt, name))
+    monkeypatch.setattr(ds_conv, "HAS_DEPTHWISE", True)
+    monkeypatch.setattr(ds_conv, "plan", lambda *sizes, contiguous, compiled: "c++ depthwise" if contiguous else "fused")
+    for sample in list(blocks(dtype))[: count(3, 100)]:
+        kernels.take_counts()
+        check_rule("ds_conv", relaid(sample, "contiguous"), None if sample.kwargs["training"] else [])
+        assert kernels.take_counts()[0], f"{sample}: no CUDA kernel ran"
+        check_rule("ds_conv", relaid(sample, "channels_last"), [])
+        assert not kernels.take_counts()[0], f"{sample}: the CUDA kernel is for contiguous tensors"
 
 
 @every_op

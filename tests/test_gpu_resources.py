@@ -1,7 +1,9 @@
 """benchmarks/gpu_resources.json says what the kernels take: a change of it is renewed on purpose, with the script beside it."""
 
+import importlib.util
 import json
 import sys
+from importlib.metadata import version
 
 import gpu_resources
 import pytest
@@ -48,3 +50,18 @@ def test_bytes_moved_are_as_recorded():
     if sys.platform != "linux" or not gpu_resources.host_compiler():
         pytest.skip("the host build needs Linux and a C++ compiler")
     assert gpu_resources.bytes_moved() == TABLE["cuda"]["bytes"], HINT
+
+
+def test_bytes_of_the_triton_kernels_are_as_recorded():
+    recorded = TABLE["triton_bytes"]
+    assert {name.split()[0] for name in recorded} == {
+        *("ds_conv", "ds_conv_train", "ds_conv_backward", "pixelwise_kl", "channel_shuffle", "concat_shuffle")
+    }
+    for name, row in recorded.items():
+        assert 0.99 <= row["ratio"] <= 1.1, name  # below 1: a masked pixel's gradient is zero whatever its logits are
+    if importlib.util.find_spec("triton") is None or version("triton").split(".")[:2] != ["3", "8"]:
+        pytest.skip("counted with Triton 3.8")
+    select = "" if EFFORT == "full" else "^(ds_conv_backward .*s2|pixelwise_kl gradient 2x150.*float16|c.*float16)"
+    actual = gpu_resources.count_triton_bytes(select)
+    assert actual
+    assert actual == {name: recorded[name] for name in actual}, HINT

@@ -106,3 +106,7 @@ def test_the_cost_model_chooses_each_way_where_it_is_right():
     wide = {"n": 8, "k": 2048, "taps": 25}  # 32 tiles of C_out would each make 25 taps again
     product = {"n": 64, "c": 4096, "k": 4096}  # cuBLAS multiplies better
     assert plans(small, large, wide, product) == ["fused", "fused", "two kernels", "convolutions"]
+    contiguous, built = {"n": 4, "contiguous": True}, {"compiled": True}
+    assert plans(contiguous, contiguous | built, large | contiguous | built, large | built) == [
+        *("fused", "c++ depthwise", "c++ depthwise", "fused"),
+    ]

@@ -8,27 +8,6 @@ namespace {
 Counter counter("concat_shuffle");
 Counter counter_backward("concat_shuffle_backward");
 
-bool fits_channels_last(const Tensor& x) {
-  const auto size = x.sizes();
-  const auto stride = x.strides();
-  int64_t expected = 1;
-  for (const int d : {1, 3, 2, 0}) {
-    if (size[d] != 1 && stride[d] != expected) return false;
-    expected *= size[d];
-  }
-  return true;
-}
-
-// Twin of concat_layout in segfast/ops/concat_shuffle.py.
-bool concat_channels_last(const std::vector<Tensor>& tensors) {
-  bool any = false;
-  for (const Tensor& t : tensors) {
-    if (!fits_channels_last(t)) return false;
-    any = any || !t.is_contiguous();
-  }
-  return any;
-}
-
 Tensor concat_shuffle_cpu(std::vector<Tensor> tensors, int64_t groups) {
   counter.add();
   const bool channels_last = concat_channels_last(tensors);

@@ -7,23 +7,6 @@ namespace {
 Counter counter("depthwise");
 Counter counter_train("depthwise_train");
 
-// f(T{}) for the kernels' type of a float dtype.
-template <class F>
-void dispatch_cuda(const char* op, ScalarType dtype, F&& f) {
-  switch (dtype) {
-    case ScalarType::Float:
-      return f(float{});
-    case ScalarType::Double:
-      return f(double{});
-    case ScalarType::BFloat16:
-      return f(__nv_bfloat16{});
-    case ScalarType::Half:
-      return f(__half{});
-    default:
-      STD_TORCH_CHECK(false, op, ": want float32, float64, float16 or bfloat16");
-  }
-}
-
 using Pair = std::vector<int64_t>;
 
 cuda::DepthwiseShape shape_of(const Tensor& x, const Tensor& weight, const Pair& stride, const Pair& padding,
@@ -56,7 +39,7 @@ Tensor depthwise_cuda(const Tensor& input, const Tensor& weight, const Tensor& s
   const cuda::DepthwiseShape s = shape_of(x, w, stride, padding, dilation);
   const Tensor y = empty({s.images, s.channels, s.out_h, s.out_w}, x.scalar_type(), x);
   if (y.numel() == 0) return y;
-  dispatch_cuda("depthwise", x.scalar_type(), [&](auto type) {
+  cuda::dispatch("depthwise", x.scalar_type(), [&](auto type) {
     using T = decltype(type);
     using A = typename Wide<T>::type;
     const Tensor scale_ = vector<A>(scale), shift_ = vector<A>(shift);
@@ -77,7 +60,7 @@ std::tuple<Tensor, Tensor, Tensor> depthwise_train_cuda(const Tensor& input, con
   const Tensor u = empty({s.images, s.channels, s.out_h, s.out_w}, x.scalar_type(), x);
   const Tensor mean = empty({s.channels}, wide, x), var = empty({s.channels}, wide, x);
   STD_TORCH_CHECK(u.numel() > 0, "depthwise_train: want values to take the statistics of");
-  dispatch_cuda("depthwise_train", x.scalar_type(), [&](auto type) {
+  cuda::dispatch("depthwise_train", x.scalar_type(), [&](auto type) {
     using T = decltype(type);
     using A = typename Wide<T>::type;
     const Tensor partials = empty({cuda::depthwise_partials<T>(s)}, ScalarType::Double, x);

@@ -17,12 +17,20 @@ constexpr int64_t kMostShared = 40 << 10;  // for the staged input; what a block
 
 enum class Act : int { none, relu, relu6, silu, hardswish };
 
+static_assert(kMostDepthwiseThreads % kWarp == 0);
+
+// NaN stays NaN.
+template <class A>
+__device__ A clamp(A x, A low, A high) {
+  return x < low ? low : x > high ? high : x;
+}
+
 template <class A>
 __device__ A activate(A x, Act act) {
-  if (act == Act::relu) return x < 0 ? 0 : x;
-  if (act == Act::relu6) return x < 0 ? 0 : x > 6 ? 6 : x;
+  if (act == Act::relu) return clamp<A>(x, 0, INFINITY);
+  if (act == Act::relu6) return clamp<A>(x, 0, 6);
   if (act == Act::silu) return x / (1 + exp(-x));
-  if (act == Act::hardswish) return x <= -3 ? x * 0 : x >= 3 ? x : x * (x + 3) / 6;
+  if (act == Act::hardswish) return x * clamp<A>(x + 3, 0, 6) / 6;
   return x;
 }
 
@@ -43,7 +51,8 @@ struct Moments {
 };
 
 __device__ inline Moments merge(const Moments& a, const Moments& b) {
-  const double n = a.n + b.n, share = n > 0 ? b.n / n : 0, apart = b.mean - a.mean;
+  if (b.n == 0) return a;
+  const double n = a.n + b.n, share = b.n / n, apart = b.mean - a.mean;
   return {n, a.mean + apart * share, a.square + b.square + apart * apart * a.n * share};
 }
 
@@ -79,7 +88,7 @@ __global__ void __launch_bounds__(kMostDepthwiseThreads, 2)
   const int index = static_cast<int>(blockIdx.x - plane * tiles), thread = static_cast<int>(threadIdx.x);
   const int column = thread % tile.columns, row = thread / tile.columns;
   const int top = index / tile.across * tile.rows * kDepthwiseRun, left = index % tile.across * tile.columns;
-  constexpr bool kFixed = K > 0;
+  constexpr bool kFixed = K != 0;
   const int stride_h = kFixed ? S : shape.stride_h, stride_w = kFixed ? S : shape.stride_w;
   const int kernel_h = kFixed ? K : shape.kernel_h, kernel_w = kFixed ? K : shape.kernel_w;
   const int in_top = top * stride_h - shape.padding_h, in_left = left * stride_w - shape.padding_w;
@@ -124,7 +133,7 @@ __global__ void __launch_bounds__(kMostDepthwiseThreads, 2)
       for (int kh = 0; kh < kernel_h; ++kh) {
         for (int kw = 0; kw < kernel_w; ++kw) {
           const int r = (first + o) * stride_h + kh * shape.dilation_h, c = column * stride_w + kw * shape.dilation_w;
-          u[o] += taps[kh * kernel_w + kw] * (tile.halo_h > 0 ? staged[r * tile.halo_w + c] : read(in_top + r, in_left + c));
+          u[o] += taps[kh * kernel_w + kw] * (tile.halo_h != 0 ? staged[r * tile.halo_w + c] : read(in_top + r, in_left + c));
         }
       }
     }
@@ -133,7 +142,7 @@ __global__ void __launch_bounds__(kMostDepthwiseThreads, 2)
   const A scale_ = affine[0], shift_ = affine[1];
   const int64_t output = plane * shape.out_h * shape.out_w;
   int n = 0;
-  A mean = 0, square = 0;
+  A mean{}, square{};
 #pragma unroll
   for (int o = 0; o < kDepthwiseRun; ++o) {
     const int r = top + first + o, c = left + column;
@@ -163,7 +172,7 @@ __global__ void __launch_bounds__(kMostDepthwiseThreads, 2)
     depthwise_statistics(Global<const double> partials, int64_t images, int64_t channels, int tiles, Global<A> mean,
                          Global<A> var) {
   SEGFAST_SHARED(Moments, scratch, kMostDepthwiseThreads / kWarp);
-  Moments mine{0, 0, 0};
+  Moments mine{};
   for (int64_t i = threadIdx.x; i < images * tiles; i += blockDim.x) {
     const int64_t image = i / tiles, at = ((image * channels + blockIdx.x) * tiles + (i - image * tiles)) * 3;
     mine = merge(mine, {load(partials, at), load(partials, at + 1), load(partials, at + 2)});
@@ -213,7 +222,8 @@ template <class T, bool kStatistics>
 void depthwise_any(const DepthwiseShape& s, const T* x, const T* weight, const typename Wide<T>::type* scale,
                    const typename Wide<T>::type* shift, Act act, T* y, double* partials, cudaStream_t stream) {
   const DepthwiseTile tile = depthwise_tile_of(s, sizeof(typename Wide<T>::type));
-  const bool plain = s.kernel_h == 3 && s.kernel_w == 3 && s.dilation_h == 1 && s.dilation_w == 1 && tile.halo_h > 0;
+  // Of these kernels, at strides 1 and 2, every tile is staged.
+  const bool plain = s.kernel_h == 3 && s.kernel_w == 3 && s.dilation_h == 1 && s.dilation_w == 1;
   if (plain && s.stride_h == 1 && s.stride_w == 1) {
     launch_depthwise<T, 3, 1, kStatistics>(s, tile, x, weight, scale, shift, act, y, partials, stream);
   } else if (plain && s.stride_h == 2 && s.stride_w == 2) {

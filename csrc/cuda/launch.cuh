@@ -3,6 +3,7 @@
 // where every access is checked and counted.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 
@@ -127,10 +128,7 @@ constexpr unsigned kFullMask = 0xffffffffu;
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-inline int64_t blocks_for(int64_t work) {
-  const int64_t wanted = ceil_div(work, kThreads);
-  return wanted < kBlocks ? wanted : kBlocks;
-}
+inline int64_t blocks_for(int64_t work) { return std::min<int64_t>(ceil_div(work, kThreads), kBlocks); }
 
 inline bool is_aligned(const void* pointer, int64_t bytes) { return reinterpret_cast<uintptr_t>(pointer) % bytes == 0; }
 

@@ -24,27 +24,6 @@ Tensor channel_shuffle_cuda(const Tensor& input, int64_t groups) {
   return y;
 }
 
-bool fits_channels_last(const Tensor& x) {
-  const auto size = x.sizes();
-  const auto stride = x.strides();
-  int64_t expected = 1;
-  for (const int d : {1, 3, 2, 0}) {
-    if (size[d] != 1 && stride[d] != expected) return false;
-    expected *= size[d];
-  }
-  return true;
-}
-
-// Twin of concat_layout in segfast/ops/concat_shuffle.py.
-bool concat_channels_last(const std::vector<Tensor>& tensors) {
-  bool any = false;
-  for (const Tensor& t : tensors) {
-    if (!fits_channels_last(t)) return false;
-    any = any || !t.is_contiguous();
-  }
-  return any;
-}
-
 void launch(const std::vector<Tensor>& parts, const Tensor& whole, int64_t groups, cuda::Way way, bool channels_last,
             cudaStream_t stream) {
   if (whole.numel() == 0) return;

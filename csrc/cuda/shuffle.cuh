@@ -166,7 +166,7 @@ void launch_rows(const ShuffleCall& call) {
 // Tries runs of K, K / 2 ... elements, down to four bytes.
 template <class T, int K, class Index, Way way>
 bool launch_pairs(const ShuffleCall& call) {
-  if constexpr (K < 2 || K * sizeof(T) < 4) {
+  if constexpr (K < 2 || K * sizeof(T) == 2) {
     return false;
   } else {
     constexpr int64_t bytes = K * sizeof(T);
@@ -199,14 +199,14 @@ template <class Index, Way way>
 void launch_shuffle(const ShuffleCall& call, bool channels_last) {
   if (!channels_last) {
     int64_t unit = 16;
-    while (unit > call.width && !call.aligned(unit, call.area * call.width)) unit /= 2;
+    while (!call.aligned(unit, call.area * call.width)) unit /= 2;
     return dispatch_width(unit, [&](auto element) { launch_planes<decltype(element), Index, way>(call); });
   }
   dispatch_width(call.width, [&](auto element) {
     using T = decltype(element);
     constexpr int K = 16 / sizeof(T);
     if (launch_pairs<T, K, Index, way>(call)) return;
-    if (K > 1 && call.channels % K == 0 && is_aligned(call.whole, 16)) {
+    if (call.channels % K == 0 && is_aligned(call.whole, 16)) {
       launch_rows<T, K, Index, way>(call);
     } else {
       launch_rows<T, 1, Index, way>(call);

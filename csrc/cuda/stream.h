@@ -1,4 +1,4 @@
-// The device and stream of a tensor, for launchers.
+// The device and stream of a tensor and the kernels' type of its dtype, for launchers.
 #pragma once
 
 #include "launch.cuh"
@@ -54,3 +54,24 @@ inline void check_launch(const char* op) {
 
 }  // namespace segfast::cuda
 #endif
+
+namespace segfast::cuda {
+
+// f(T{}) for the kernels' type of a float dtype: dispatch_float of the CPU, with CUDA's half types.
+template <class F>
+void dispatch(const char* op, ScalarType dtype, F&& f) {
+  switch (dtype) {
+    case ScalarType::Float:
+      return f(float{});
+    case ScalarType::Double:
+      return f(double{});
+    case ScalarType::BFloat16:
+      return f(__nv_bfloat16{});
+    case ScalarType::Half:
+      return f(__half{});
+    default:
+      STD_TORCH_CHECK(false, op, ": want float32, float64, float16 or bfloat16");
+  }
+}
+
+}  // namespace segfast::cuda

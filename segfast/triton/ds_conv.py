@@ -17,6 +17,9 @@ from torch import Tensor
 
 from segfast import _backend
 
+# The depthwise half in CUDA C++, for contiguous x: its tile with the halo lies in shared memory.
+HAS_DEPTHWISE = _backend.has_compiled("depthwise") and _backend.has_compiled("depthwise_train")
+
 # Tiles by what a product multiplies. BLOCK_OUT shrinks to C_out.
 CONFIGS = {
     "ieee": {"BLOCK_PIXELS": 32, "BLOCK_CHANNELS": 16, "BLOCK_OUT": 32, "num_warps": 4, "num_stages": 1},
@@ -25,14 +28,23 @@ CONFIGS = {
     torch.bfloat16: {"BLOCK_PIXELS": 64, "BLOCK_CHANNELS": 32, "BLOCK_OUT": 128, "num_warps": 4, "num_stages": 2},
     torch.float64: {"BLOCK_PIXELS": 16, "BLOCK_CHANNELS": 16, "BLOCK_OUT": 16, "num_warps": 2, "num_stages": 1},
 }
+# Those of the backward's products where C_out, up to BLOCK_OUT, is one tile: one kernel makes both, with the partial gradient of
+# the weight in registers, so that a tile has fewer pixels.
+BOTH = {
+    "ieee": {"BLOCK_PIXELS": 32, "BLOCK_CHANNELS": 16, "BLOCK_OUT": 128, "num_warps": 8, "num_stages": 1},
+    "tf32": {"BLOCK_PIXELS": 32, "BLOCK_CHANNELS": 32, "BLOCK_OUT": 128, "num_warps": 8, "num_stages": 1},
+    torch.float16: {"BLOCK_PIXELS": 32, "BLOCK_CHANNELS": 32, "BLOCK_OUT": 128, "num_warps": 8, "num_stages": 1},
+    torch.bfloat16: {"BLOCK_PIXELS": 32, "BLOCK_CHANNELS": 32, "BLOCK_OUT": 128, "num_warps": 8, "num_stages": 1},
+    torch.float64: {"BLOCK_PIXELS": 16, "BLOCK_CHANNELS": 16, "BLOCK_OUT": 16, "num_warps": 2, "num_stages": 1},
+}
 ELEMENTWISE = {"BLOCK_PIXELS": 32, "BLOCK_CHANNELS": 32, "num_warps": 4}
 COMBINE = {"BLOCK_PARTS": 64, "BLOCK_CHANNELS": 16, "num_warps": 4}
 PARTS = 512  # programs, at most, that leave partial sums of a channel
-WEIGHT_PARTS = 64  # the same where a partial sum is a weight
+TAP_PARTS = 128  # the same where a partial sum is a depthwise weight
+WEIGHT_PARTS = 64  # and where it is a pointwise one, at least where there is enough to do
 
-IDENTITY, RELU, RELU6, SILU, HARDSWISH = range(5)
 
-
+# 1: relu, 2: relu6, 3: silu, 4: hardswish, as in ACTIVATIONS of segfast/ops/ds_conv.py
 @triton.jit
 def activate(v, ACT: tl.constexpr):
     if ACT == 1:
@@ -259,20 +271,32 @@ def combine_moments(means, squares, mean, var, pixels, size, parts, c, BLOCK_PAR
     tl.store(var + channel, (tl.sum(sums, 0) / tl.cast(pixels, tl.float64)).to(var.dtype.element_ty), mask=inside)
 
 
-# y = act(bn(z))
+# y = act(bn(z)), of images of `area` pixels in any dense order.
 @triton.jit
 def normalise(
-    z, y, mean, var, gamma, beta, pixels, k, EPS: tl.constexpr, ACT: tl.constexpr, ACC: tl.constexpr,
-    BLOCK_PIXELS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
+    z, y, mean, var, gamma, beta, pixels, k, area, image_stride, pixel_stride, channel_stride,
+    EPS: tl.constexpr, ACT: tl.constexpr, ACC: tl.constexpr, BLOCK_PIXELS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
 ):  # fmt: skip
     pixel = tl.program_id(0).to(tl.int64) * BLOCK_PIXELS + tl.arange(0, BLOCK_PIXELS)
     channel = tl.program_id(1).to(tl.int64) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
     inside = channel < k
     there = (pixel < pixels)[:, None] & inside[None, :]
-    at = pixel[:, None] * k + channel[None, :]
+    image = pixel // area
+    at = (image * image_stride + (pixel - image * area) * pixel_stride)[:, None] + (channel * channel_stride)[None, :]
     scale, shift = fold(mean, var, gamma, beta, channel, inside, EPS, ACC)
     v = activate(tl.load(z + at, mask=there, other=0.0).to(ACC) * scale[None, :] + shift[None, :], ACT)
     tl.store(y + at, v.to(y.dtype.element_ty), mask=there)
+
+
+# bn(u + bias) as scale * u + shift, for the depthwise kernel in C++.
+@triton.jit
+def affine(bias, mean, var, gamma, beta, scales, shifts, c, EPS: tl.constexpr, ACC: tl.constexpr, BLOCK_CHANNELS: tl.constexpr):
+    channel = tl.program_id(0).to(tl.int64) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
+    inside = channel < c
+    scale, shift = fold(mean, var, gamma, beta, channel, inside, EPS, ACC)
+    shift += optional(bias, channel, inside, 0.0, ACC) * scale
+    tl.store(scales + channel, scale, mask=inside)
+    tl.store(shifts + channel, shift, mask=inside)
 
 
 # Per channel, sum g and sum g * (z - mean) of STEPS tiles, where g = grad * act'(bn(z)).
@@ -351,43 +375,53 @@ def gradient_tile(
     return tl.where(there, g * scale[None, :], 0.0)
 
 
-# g1 = (grad_z @ pw) * act'(bn(u)), and its sums as in gradient_sums.
+# g1 = (grad_z @ pw) * act'(bn(u)), and its sums as in gradient_sums. WEIGHT, where C_out is one tile: and the weight's gradient,
+# as pointwise_weight_gradient has it, from the grad_z and u that are there.
 @triton.jit
 def pointwise_backward(
     grad, z, pw_mean, pw_var, pw_gamma, pw_beta, pw_center, pw_slope, weight,
-    u, grad_u, dw_mean, dw_var, dw_gamma, dw_beta, sums, products, pixels, c, k, steps,
-    DW_EPS: tl.constexpr, PW_EPS: tl.constexpr, DW_ACT: tl.constexpr, ACT: tl.constexpr,
+    u, grad_u, dw_mean, dw_var, dw_gamma, dw_beta, sums, products, partial, pixels, c, k, steps,
+    DW_EPS: tl.constexpr, PW_EPS: tl.constexpr, DW_ACT: tl.constexpr, ACT: tl.constexpr, WEIGHT: tl.constexpr,
     ACC: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_PIXELS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr, BLOCK_OUT: tl.constexpr,
 ):  # fmt: skip
-    program = tl.program_id(0).to(tl.int64)
-    channel = tl.program_id(1).to(tl.int64) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
+    channel = tl.program_id(0).to(tl.int64) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
+    program = tl.program_id(1).to(tl.int64)  # the tiles of channels follow each other: they share grad and z in the L2 cache
     inside = channel < c
     scale, shift = fold(dw_mean, dw_var, dw_gamma, dw_beta, channel, inside, DW_EPS, ACC)
     middle = optional(dw_mean, channel, inside, 0.0, ACC)
     total = tl.zeros((BLOCK_CHANNELS,), ACC)
     product = total
+    grad_weight = tl.zeros((BLOCK_OUT, BLOCK_CHANNELS), ACC)
     for step in range(steps):
         pixel = (program * steps + step) * BLOCK_PIXELS + tl.arange(0, BLOCK_PIXELS)
         present = pixel < pixels
+        there = present[:, None] & inside[None, :]
+        at = pixel[:, None] * c + channel[None, :]
+        value = tl.load(u + at, mask=there, other=0.0).to(ACC)
+        v = value * scale[None, :] + shift[None, :]
         acc = tl.zeros((BLOCK_PIXELS, BLOCK_CHANNELS), ACC)
         for first in range(0, k, BLOCK_OUT):
             out = first + tl.arange(0, BLOCK_OUT).to(tl.int64)
             kept = out < k
             g = gradient_tile(
                 grad, z, pw_mean, pw_var, pw_gamma, pw_beta, pw_center, pw_slope, pixel, present, out, kept, k, PW_EPS, ACT, ACC
-            )
+            ).to(DOT)
             matrix = tl.load(weight + out[:, None] * c + channel[None, :], mask=kept[:, None] & inside[None, :], other=0.0)
-            acc = tl.dot(g.to(DOT), matrix.to(DOT), acc, input_precision=PRECISION, out_dtype=ACC)
-        there = present[:, None] & inside[None, :]
-        at = pixel[:, None] * c + channel[None, :]
-        value = tl.load(u + at, mask=there, other=0.0).to(ACC)
-        g = activate_gradient(value * scale[None, :] + shift[None, :], acc, DW_ACT)
-        tl.store(grad_u + at, g.to(grad_u.dtype.element_ty), mask=there)
-        total += tl.sum(tl.where(there, g, 0.0), 0)
-        product += tl.sum(tl.where(there, g * (value - middle[None, :]), 0.0), 0)
+            acc = tl.dot(g, matrix.to(DOT), acc, input_precision=PRECISION, out_dtype=ACC)
+            if WEIGHT:
+                normal = tl.where(there, activate(v, DW_ACT), 0.0).to(DOT)
+                grad_weight = tl.dot(tl.trans(g), normal, grad_weight, input_precision=PRECISION, out_dtype=ACC)
+        g1 = activate_gradient(v, acc, DW_ACT)
+        tl.store(grad_u + at, g1.to(grad_u.dtype.element_ty), mask=there)
+        total += tl.sum(tl.where(there, g1, 0.0), 0)
+        product += tl.sum(tl.where(there, g1 * (value - middle[None, :]), 0.0), 0)
     tl.store(sums + program * c + channel, total, mask=inside)
     tl.store(products + program * c + channel, product, mask=inside)
+    if WEIGHT:
+        out = tl.arange(0, BLOCK_OUT).to(tl.int64)
+        to = partial + (program * k + out[:, None]) * c + channel[None, :]
+        tl.store(to, grad_weight, mask=(out < k)[:, None] & inside[None, :])
 
 
 # partial[program, k, c] = sum over the program's pixels of grad_z[pixel, k] * act(bn(u))[pixel, c]
@@ -399,9 +433,9 @@ def pointwise_weight_gradient(
     ACC: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_PIXELS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr, BLOCK_OUT: tl.constexpr,
 ):  # fmt: skip
-    program = tl.program_id(0).to(tl.int64)
-    out = tl.program_id(1).to(tl.int64) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
-    channel = tl.program_id(2).to(tl.int64) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
+    out = tl.program_id(0).to(tl.int64) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+    channel = tl.program_id(1).to(tl.int64) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
+    program = tl.program_id(2).to(tl.int64)
     kept = out < k
     inside = channel < c
     scale, shift = fold(dw_mean, dw_var, dw_gamma, dw_beta, channel, inside, DW_EPS, ACC)
@@ -420,12 +454,14 @@ def pointwise_weight_gradient(
     tl.store(to, acc, mask=kept[:, None] & inside[None, :])
 
 
-# partial[program, c, tap] = sum over the program's pixels of grad_u[pixel, c] * x[the tap's pixel, c]; g1 becomes grad_u.
+# Over the input's pixels, each of which gathers grad_u of the output pixels that saw it, (iy + PH - ky * DH) / SH where that is
+# whole: grad_x = sum over taps of grad_u * w[c, tap], and partial[program, c, tap] = sum over the program's pixels of grad_u * x.
+# grad_u = scale * (g1 - center - slope * (u - mean)) is made where it is wanted and never stored.
 @triton.jit
-def depthwise_weight_gradient(
-    x, u, grad_u, mean, var, gamma, center, slope, partial, pixels, h, w, c, oh, ow, steps,
-    EPS: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr,
-    PW: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr, ACC: tl.constexpr, TAPS: tl.constexpr,
+def depthwise_backward(
+    x, u, g1, weight, mean, var, gamma, center, slope, grad_x, partial, pixels, h, w, c, oh, ow, steps,
+    EPS: tl.constexpr, INPUT: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr,
+    PH: tl.constexpr, PW: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr, ACC: tl.constexpr, TAPS: tl.constexpr,
     BLOCK_PIXELS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
@@ -434,30 +470,36 @@ def depthwise_weight_gradient(
     scale, _ = fold(mean, var, gamma, None, channel, inside, EPS, ACC)
     middle = optional(mean, channel, inside, 0.0, ACC)
     lane = tl.arange(0, TAPS)
-    acc = tl.zeros((TAPS, BLOCK_CHANNELS), ACC)
+    sums = tl.zeros((TAPS, BLOCK_CHANNELS), ACC)
     for step in range(steps):
         pixel = (program * steps + step) * BLOCK_PIXELS + tl.arange(0, BLOCK_PIXELS)
         present = pixel < pixels
-        there = present[:, None] & inside[None, :]
+        image, iy, ix = place(pixel, h, w)
         at = pixel[:, None] * c + channel[None, :]
-        g = tl.load(grad_u + at, mask=there, other=0.0).to(ACC)
-        if center is not None:
-            value = tl.load(u + at, mask=there, other=0.0).to(ACC) - middle[None, :]
-            g -= optional(center, channel, inside, 0.0, ACC)[None, :]
-            g -= optional(slope, channel, inside, 0.0, ACC)[None, :] * value
-        stored = tl.where(there, g * scale[None, :], 0.0).to(grad_u.dtype.element_ty)
-        tl.store(grad_u + at, stored, mask=there)
-        g = stored.to(ACC)
-        image, oy, ox = place(pixel, oh, ow)
+        there = present[:, None] & inside[None, :]
+        seen = tl.load(x + at, mask=there, other=0.0).to(ACC)
+        acc = tl.zeros((BLOCK_PIXELS, BLOCK_CHANNELS), ACC)
         for tap in range(KH * KW):
-            iy = oy * SH - PH + (tap // KW) * DH
-            ix = ox * SW - PW + (tap % KW) * DW
-            within = present & (iy >= 0) & (iy < h) & (ix >= 0) & (ix < w)
-            source = x + (((image * h + iy) * w + ix) * c)[:, None] + channel[None, :]
-            product = g * tl.load(source, mask=within[:, None] & inside[None, :], other=0.0).to(ACC)
-            acc += tl.where((lane == tap)[:, None], tl.sum(product, 0)[None, :], 0.0)
+            up = iy + PH - (tap // KW) * DH
+            along = ix + PW - (tap % KW) * DW
+            oy = up // SH
+            ox = along // SW
+            within = present & (up >= 0) & (along >= 0) & (up % SH == 0) & (along % SW == 0) & (oy < oh) & (ox < ow)
+            valid = within[:, None] & inside[None, :]
+            source = (((image * oh + oy) * ow + ox) * c)[:, None] + channel[None, :]
+            g = tl.load(g1 + source, mask=valid, other=0.0).to(ACC)
+            if center is not None:
+                value = tl.load(u + source, mask=valid, other=0.0).to(ACC) - middle[None, :]
+                g -= optional(center, channel, inside, 0.0, ACC)[None, :]
+                g -= optional(slope, channel, inside, 0.0, ACC)[None, :] * value
+            g = tl.where(valid, g * scale[None, :], 0.0)
+            if INPUT:
+                acc += g * tl.load(weight + channel * (KH * KW) + tap, mask=inside, other=0.0).to(ACC)[None, :]
+            sums += tl.where((lane == tap)[:, None], tl.sum(tl.where(valid, g * seen, 0.0), 0)[None, :], 0.0)
+        if INPUT:
+            tl.store(grad_x + at, acc.to(grad_x.dtype.element_ty), mask=there)
     to = partial + (program * c + channel[None, :]) * (KH * KW) + lane[:, None]
-    tl.store(to, acc, mask=(lane < KH * KW)[:, None] & inside[None, :])
+    tl.store(to, sums, mask=(lane < KH * KW)[:, None] & inside[None, :])
 
 
 # total[i] = sum over parts of partial[part, i], in order.
@@ -471,50 +513,32 @@ def add_parts(partial, total, parts, size, BLOCK: tl.constexpr):
     tl.store(total + index, acc.to(total.dtype.element_ty), mask=inside)
 
 
-# grad_x, gathered: each input pixel adds the output pixels that saw it, (iy + PH - ky * DH) / SH where that is whole.
-@triton.jit
-def input_gradient(
-    grad_u, weight, grad_x, pixels, h, w, c, oh, ow,
-    KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
-    DH: tl.constexpr, DW: tl.constexpr, ACC: tl.constexpr, BLOCK_PIXELS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
-):  # fmt: skip
-    pixel = tl.program_id(0).to(tl.int64) * BLOCK_PIXELS + tl.arange(0, BLOCK_PIXELS)
-    present = pixel < pixels
-    image, iy, ix = place(pixel, h, w)
-    channel = tl.program_id(1).to(tl.int64) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
-    inside = channel < c
-    acc = tl.zeros((BLOCK_PIXELS, BLOCK_CHANNELS), ACC)
-    for tap in range(KH * KW):
-        up = iy + PH - (tap // KW) * DH
-        along = ix + PW - (tap % KW) * DW
-        there = present & (up >= 0) & (along >= 0) & (up % SH == 0) & (along % SW == 0)
-        oy = up // SH
-        ox = along // SW
-        there &= (oy < oh) & (ox < ow)
-        source = grad_u + (((image * oh + oy) * ow + ox) * c)[:, None] + channel[None, :]
-        value = tl.load(source, mask=there[:, None] & inside[None, :], other=0.0).to(ACC)
-        acc += value * tl.load(weight + channel * (KH * KW) + tap, mask=inside, other=0.0).to(ACC)[None, :]
-    to = grad_x + pixel[:, None] * c + channel[None, :]
-    tl.store(to, acc.to(grad_x.dtype.element_ty), mask=present[:, None] & inside[None, :])
-
-
-def plan(n: int, c: int, k: int, h: int, w: int, oh: int, ow: int, taps: int, element_size: int, block_out: int) -> str:
-    """How to run the block for inference: "fused", "two kernels" or "convolutions" (ATen's, cuDNN).
+def plan(
+    n: int, c: int, k: int, h: int, w: int, oh: int, ow: int, taps: int, element_size: int, block_out: int,
+    contiguous: bool = False, compiled: bool = False,
+) -> str:  # fmt: skip
+    """How to run the block for inference: "fused", "two kernels", "convolutions" (ATen's, cuDNN) or, where x is `contiguous`
+    and the C++ kernels are `compiled`, "c++ depthwise" with ATen's product.
 
     Microseconds of a GPU of 2 TB/s DRAM, 6 TB/s L2, 15 TFLOP/s for the depthwise sums and, for products, 100 TFLOP/s in 16 bits
     and 40 otherwise, of which these kernels are given 60 % and cuBLAS 85 %; 2 us a launch;
     within a kernel, other programs' memory traffic hides behind arithmetic. Only ratios matter. The fused kernel
     reads A and writes D, but makes the depthwise result once for every tile of C_out, from the L2 cache; two kernels move 2 B
-    more; convolutions move B and D once more for BatchNorm and activation, and pay six launches.
+    more; both take channels_last, and copy x and y if they must. Convolutions read and write B and D once more for BatchNorm and
+    activation, with the C++ depthwise kernel only D, in launches of their own.
     """
     a, b, d = (element_size * n * size for size in (c * h * w, c * oh * ow, k * oh * ow))
     times = -(-k // block_out)
     products = 2 * n * oh * ow * c * k / (100e6 if element_size == 2 else 40e6)
     sums = 2 * n * oh * ow * c * taps / 15e6
-    fused = 2 + max((a + d) / 2e6, times * a / 6e6, times * sums + products / 0.6)
-    two = 4 + max((a + b) / 2e6, sums) + max((b + d) / 2e6, products / 0.6)
-    convolutions = 12 + max((a + b) / 2e6, sums) + max((b + d) / 2e6, products / 0.85) + 2 * (b + d) / 2e6
-    return min((fused, "fused"), (two, "two kernels"), (convolutions, "convolutions"))[1]
+    copies = 4 + 2 * (a + d) / 2e6 if contiguous else 0
+    fused = copies + 2 + max((a + d) / 2e6, times * a / 6e6, times * sums + products / 0.6)
+    two = copies + 4 + max((a + b) / 2e6, sums) + max((b + d) / 2e6, products / 0.6)
+    halves = max((a + b) / 2e6, sums) + max((b + d) / 2e6, products / 0.85) + 2 * d / 2e6
+    ways = [(fused, "fused"), (two, "two kernels"), (12 + halves + 2 * b / 2e6, "convolutions")]
+    if contiguous and compiled:
+        ways.append((8 + halves, "c++ depthwise"))
+    return min(ways)[1]
 
 
 def rows(x: Tensor) -> Tensor:
@@ -538,22 +562,38 @@ class Shape:
         self.oh = (self.h + 2 * padding[0] - dilation[0] * (kh - 1) - 1) // stride[0] + 1
         self.ow = (self.w + 2 * padding[1] - dilation[1] * (kw - 1) - 1) // stride[1] + 1
         self.pixels = self.n * self.oh * self.ow
+        self.sizes = stride, padding, dilation
+        self.contiguous = _backend.layout(x) == torch.contiguous_format
         self.geometry = dict(zip(("KH", "KW", "SH", "SW", "PH", "PW", "DH", "DW"), (kh, kw, *stride, *padding, *dilation)))
         self.wide = x.dtype == torch.float64
         self.statistics = torch.float64 if self.wide else torch.float32
         self.acc = tl.float64 if self.wide else tl.float32
         dot = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}.get(x.dtype, self.acc)
         precision = "tf32" if x.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
-        tile = CONFIGS[precision if x.dtype == torch.float32 else x.dtype]
+        self.kind = precision if x.dtype == torch.float32 else x.dtype
+        tile = CONFIGS[self.kind]
         block_out = max(16, min(tile["BLOCK_OUT"], triton.next_power_of_2(self.k)))
         self.tile = {**tile, "BLOCK_OUT": block_out, "ACC": self.acc, "DOT": dot, "PRECISION": precision}
         self.elementwise = {**ELEMENTWISE, "ACC": self.acc}
 
-    def parts(self, block: int, most: int = PARTS) -> tuple[int, int]:
+    def parts(self, block: int, most: int | None = None, pixels: int | None = None) -> tuple[int, int]:
         """Programs that share the pixels, and tiles of each; from sizes alone, so that sums never change order."""
-        tiles = triton.cdiv(self.pixels, block)
-        steps = triton.cdiv(tiles, most)
+        tiles = triton.cdiv(self.pixels if pixels is None else pixels, block)
+        steps = triton.cdiv(tiles, most or PARTS)
         return triton.cdiv(tiles, steps), steps
+
+    def weight_parts(self) -> int:
+        """Programs, at most, that leave a partial gradient of the pointwise weight each: as many as move a twentieth of what the
+        pass moves anyway, but no fewer than fill a GPU."""
+        moved = 2 * self.pixels * (self.c + self.k)
+        return min(PARTS, max(WEIGHT_PARTS, moved // (40 * max(1, self.c * self.k))))
+
+    def backward_tile(self) -> tuple[dict, bool]:
+        """The tile of the products of the backward, and whether C_out is one: then one kernel makes both."""
+        both, out = BOTH[self.kind], max(16, triton.next_power_of_2(self.k))
+        if out > both["BLOCK_OUT"]:
+            return {**self.tile, "BLOCK_OUT": min(self.tile["BLOCK_OUT"], 64)}, False
+        return {**self.tile, **both, "BLOCK_OUT": out}, True
 
 
 def ds_conv(
@@ -561,15 +601,14 @@ def ds_conv(
     pw_weight, pw_bias, pw_mean, pw_var, pw_gamma, pw_beta, pw_eps, stride, padding, dilation, dw_act, act,
 ):  # fmt: skip
     s = Shape(x, dw_weight, pw_weight, stride, padding, dilation)
-    how = plan(s.n, s.c, s.k, s.h, s.w, s.oh, s.ow, s.geometry["KH"] * s.geometry["KW"], x.element_size(), s.tile["BLOCK_OUT"])
+    taps = s.geometry["KH"] * s.geometry["KW"]
+    sizes = s.n, s.c, s.k, s.h, s.w, s.oh, s.ow, taps, x.element_size(), s.tile["BLOCK_OUT"]
+    how = plan(*sizes, contiguous=s.contiguous, compiled=HAS_DEPTHWISE)
     if s.wide and how == "fused":
         how = "two kernels"  # float64 addresses, sums and tiles in one kernel spill on Ampere
-    if how == "convolutions":
-        u = F.conv2d(x, dw_weight, dw_bias, stride, padding, dilation, s.c)
-        u = batch_norm(u, dw_mean, dw_var, dw_gamma, dw_beta, dw_eps, dw_act)
-        z = F.conv2d(u, pw_weight, pw_bias)
-        y = batch_norm(z, pw_mean, pw_var, pw_gamma, pw_beta, pw_eps, act)
-        return y.contiguous(memory_format=_backend.layout(x))
+    if how in ("convolutions", "c++ depthwise"):
+        first, second = (dw_mean, dw_var, dw_gamma, dw_beta, dw_eps, dw_act), (pw_mean, pw_var, pw_gamma, pw_beta, pw_eps, act)
+        return convolutions(s, x, dw_weight, dw_bias, first, pw_weight, pw_bias, second, how == "c++ depthwise")
     source, dw, pw = rows(x), dw_weight.contiguous(), pw_weight.contiguous()
     y = x.new_empty((s.n, s.oh, s.ow, s.k))
     if y.numel() == 0:
@@ -594,10 +633,35 @@ def ds_conv(
     return images(y, x)
 
 
-def batch_norm(x, mean, var, gamma, beta, eps, act):
-    if mean is not None:
-        x = F.batch_norm(x, mean, var, gamma, beta, False, 0.0, eps)
-    return (lambda v: v, F.relu, F.relu6, F.silu, F.hardswish)[act](x)
+def convolutions(s: Shape, x, dw_weight, dw_bias, dw_norm, pw_weight, pw_bias, pw_norm, compiled: bool) -> Tensor:
+    """The pointwise product is ATen's, and so is the depthwise convolution where it is not `compiled` here."""
+    if s.pixels == 0 or s.k == 0:
+        return images(x.new_empty((s.n, s.oh, s.ow, s.k)), x)
+    with torch.cuda.device_of(x):
+        if compiled:
+            scale, shift = (x.new_empty(s.c, dtype=s.statistics) for _ in "ss")
+            grid = (triton.cdiv(s.c, 128),)
+            affine[grid](dw_bias, *dw_norm[:4], scale, shift, s.c, EPS=dw_norm[4], ACC=s.acc, BLOCK_CHANNELS=128)
+            v = torch.ops.segfast.depthwise(x, dw_weight, scale, shift, *s.sizes, dw_norm[5])
+        else:
+            v = normalised(s, F.conv2d(x, dw_weight, dw_bias, *s.sizes, s.c), *dw_norm)
+        z = normalised(s, F.conv2d(v, pw_weight, pw_bias), *pw_norm)
+    return z.contiguous(memory_format=_backend.layout(x))
+
+
+def normalised(s: Shape, z: Tensor, mean, var, gamma, beta, eps: float, act: int, y: Tensor | None = None) -> Tensor:
+    """act(bn(z)), in `y` or in place; z: (N, C, H, W), dense in either format."""
+    n, channels, h, w = z.shape
+    area = h * w
+    strides = (area, 1) if z.is_contiguous() else (1, channels)
+    block = s.elementwise
+    grid = triton.cdiv(n * area, block["BLOCK_PIXELS"]), triton.cdiv(channels, block["BLOCK_CHANNELS"])
+    y = z if y is None else y
+    normalise[grid](
+        *(z, y, mean, var, gamma, beta, n * area, channels, area, channels * area, strides[1], strides[0]),
+        EPS=eps, ACT=act, **block,
+    )  # fmt: skip
+    return y
 
 
 def ds_conv_train(
@@ -605,7 +669,7 @@ def ds_conv_train(
     pw_weight, pw_bias, pw_mean, pw_var, pw_gamma, pw_beta, pw_eps, stride, padding, dilation, dw_act, act,
 ):  # fmt: skip
     s = Shape(x, dw_weight, pw_weight, stride, padding, dilation)
-    source, dw, pw = rows(x), dw_weight.contiguous(), pw_weight.contiguous()
+    dw, pw = dw_weight.contiguous(), pw_weight.contiguous()
     u, z, y = (x.new_empty((s.n, s.oh, s.ow, channels)) for channels in (s.c, s.k, s.k))
     one, two = (
         [x.new_empty(size, dtype=s.statistics) for _ in "mv"]
@@ -620,15 +684,19 @@ def ds_conv_train(
                     v.fill_(float("nan"))
         return images(y, x), u.permute(0, 3, 1, 2), z.permute(0, 3, 1, 2), *one, *two
     with torch.cuda.device_of(x):
-        block = s.elementwise
-        parts, steps = s.parts(block["BLOCK_PIXELS"])
-        means, squares = (x.new_empty((parts, s.c), dtype=s.statistics) for _ in "ms") if dw_mean is None else (None, None)
-        depthwise[(parts, triton.cdiv(s.c, block["BLOCK_CHANNELS"]))](
-            *(source, u, dw, dw_bias, None, None, None, None, means, squares, s.pixels, s.h, s.w, s.c, s.oh, s.ow, steps),
-            **(s.geometry | {"EPS": dw_eps, "ACT": 0, "NORMALISE": False, "STATISTICS": dw_mean is None}), **block,
-        )  # fmt: skip
-        if dw_mean is None:
-            join_moments(means, squares, one, s, steps * block["BLOCK_PIXELS"])
+        if HAS_DEPTHWISE and s.contiguous:  # u is copied to channels_last, and not x: never more, 2 (A - B) less at stride 2
+            u, *moments = torch.ops.segfast.depthwise_train(x, dw, dw_bias, *s.sizes)
+            u, one = rows(u), moments if dw_mean is None else one
+        else:
+            block = s.elementwise
+            parts, steps = s.parts(block["BLOCK_PIXELS"])
+            means, squares = (x.new_empty((parts, s.c), dtype=s.statistics) for _ in "ms") if dw_mean is None else (None, None)
+            depthwise[(parts, triton.cdiv(s.c, block["BLOCK_CHANNELS"]))](
+                *(rows(x), u, dw, dw_bias, None, None, None, None, means, squares, s.pixels, s.h, s.w, s.c, s.oh, s.ow, steps),
+                **(s.geometry | {"EPS": dw_eps, "ACT": 0, "NORMALISE": False, "STATISTICS": dw_mean is None}), **block,
+            )  # fmt: skip
+            if dw_mean is None:
+                join_moments(means, squares, one, s, steps * block["BLOCK_PIXELS"])
         parts, steps = s.parts(s.tile["BLOCK_PIXELS"])
         means, squares = (x.new_empty((parts, s.k), dtype=s.statistics) for _ in "ms") if pw_mean is None else (None, None)
         pointwise[(parts, triton.cdiv(s.k, s.tile["BLOCK_OUT"]))](
@@ -637,9 +705,9 @@ def ds_conv_train(
         )  # fmt: skip
         if pw_mean is None:
             join_moments(means, squares, two, s, steps * s.tile["BLOCK_PIXELS"])
-        grid = triton.cdiv(s.pixels, block["BLOCK_PIXELS"]), triton.cdiv(s.k, block["BLOCK_CHANNELS"])
-        normalise[grid](z, y, *two, pw_gamma, pw_beta, s.pixels, s.k, EPS=pw_eps, ACT=act, **block)
-    return images(y, x), u.permute(0, 3, 1, 2), z.permute(0, 3, 1, 2), *one, *two
+        z = z.permute(0, 3, 1, 2)
+        normalised(s, z, *two, pw_gamma, pw_beta, pw_eps, act, y.permute(0, 3, 1, 2))
+    return images(y, x), u.permute(0, 3, 1, 2), z, *one, *two
 
 
 def join_moments(means: Tensor, squares: Tensor, statistics: list[Tensor], s: Shape, size: int) -> None:
@@ -657,7 +725,7 @@ def ds_conv_backward(
     dw, pw = dw_weight.contiguous(), pw_weight.contiguous()
     taps = s.geometry["KH"] * s.geometry["KW"]
     grad_x = x.new_empty((s.n if need_input else 0, s.h, s.w, s.c))
-    grad_u = torch.empty_like(u)
+    g1 = torch.empty_like(u)
     grad_dw, grad_pw = torch.empty_like(dw), torch.empty_like(pw)
     ones = [x.new_empty(s.c), *(x.new_empty(s.c, dtype=s.statistics) for _ in "gb")]
     twos = [x.new_empty(s.k), *(x.new_empty(s.k, dtype=s.statistics) for _ in "gb")]
@@ -677,32 +745,33 @@ def ds_conv_backward(
         gradient_sums[grid](gy, z, *two, sums, products, s.pixels, s.k, steps, EPS=pw_eps, ACT=act, **block)
         pw_center, pw_slope = join_gradients(sums, products, pw_var, pw_gamma, twos, s, pw_eps, pw_batch)
 
-        tile = {**s.tile, "BLOCK_OUT": min(s.tile["BLOCK_OUT"], 64)}
+        tile, together = s.backward_tile()
         shared = {"DW_EPS": dw_eps, "PW_EPS": pw_eps, "DW_ACT": dw_act, "ACT": act}
-        parts, steps = s.parts(tile["BLOCK_PIXELS"])
+        weight_parts, weight_steps = s.parts(tile["BLOCK_PIXELS"], s.weight_parts())
+        parts, steps = (weight_parts, weight_steps) if together else s.parts(tile["BLOCK_PIXELS"])
+        partial = x.new_empty((weight_parts, s.k, s.c), dtype=s.statistics)
         sums, products = (x.new_empty((parts, s.c), dtype=s.statistics) for _ in "sp")
-        pointwise_backward[(parts, triton.cdiv(s.c, tile["BLOCK_CHANNELS"]))](
-            *(gy, z, *two, pw_center, pw_slope, pw, u, grad_u, *one, sums, products, s.pixels, s.c, s.k, steps), **shared, **tile
-        )
-        parts, steps = s.parts(tile["BLOCK_PIXELS"], WEIGHT_PARTS)
-        partial = x.new_empty((parts, s.k, s.c), dtype=s.statistics)
-        pointwise_weight_gradient[(parts, triton.cdiv(s.k, tile["BLOCK_OUT"]), triton.cdiv(s.c, tile["BLOCK_CHANNELS"]))](
-            *(gy, z, *two, pw_center, pw_slope, u, *one, partial, s.pixels, s.c, s.k, steps), **shared, **tile
-        )
-        add_parts[(triton.cdiv(grad_pw.numel(), 256),)](partial, grad_pw, parts, grad_pw.numel(), BLOCK=256)
+        pointwise_backward[(triton.cdiv(s.c, tile["BLOCK_CHANNELS"]), parts)](
+            *(gy, z, *two, pw_center, pw_slope, pw, u, g1, *one, sums, products, partial if together else None),
+            *(s.pixels, s.c, s.k, steps), WEIGHT=together, **shared, **tile,
+        )  # fmt: skip
+        if not together:
+            grid = triton.cdiv(s.k, tile["BLOCK_OUT"]), triton.cdiv(s.c, tile["BLOCK_CHANNELS"]), weight_parts
+            pointwise_weight_gradient[grid](
+                *(gy, z, *two, pw_center, pw_slope, u, *one, partial, s.pixels, s.c, s.k, weight_steps), **shared, **tile
+            )
+        add_parts[(triton.cdiv(grad_pw.numel(), 256),)](partial, grad_pw, weight_parts, grad_pw.numel(), BLOCK=256)
         dw_center, dw_slope = join_gradients(sums, products, dw_var, dw_gamma, ones, s, dw_eps, dw_batch)
 
-        parts, steps = s.parts(block["BLOCK_PIXELS"], PARTS)
+        pixels = s.n * s.h * s.w
+        parts, steps = s.parts(block["BLOCK_PIXELS"], TAP_PARTS, pixels)
         partial = x.new_empty((parts, s.c, taps), dtype=s.statistics)
-        depthwise_weight_gradient[(parts, triton.cdiv(s.c, block["BLOCK_CHANNELS"]))](
-            *(source, u, grad_u, dw_mean, dw_var, dw_gamma, dw_center, dw_slope, partial, s.pixels, s.h, s.w, s.c, s.oh, s.ow),
-            *(steps,), **(s.geometry | {"EPS": dw_eps, "TAPS": triton.next_power_of_2(taps)}), **block,
+        depthwise_backward[(parts, triton.cdiv(s.c, block["BLOCK_CHANNELS"]))](
+            *(source, u, g1, dw, dw_mean, dw_var, dw_gamma, dw_center, dw_slope, grad_x, partial),
+            *(pixels, s.h, s.w, s.c, s.oh, s.ow, steps),
+            **(s.geometry | {"EPS": dw_eps, "INPUT": need_input, "TAPS": triton.next_power_of_2(taps)}), **block,
         )  # fmt: skip
         add_parts[(triton.cdiv(grad_dw.numel(), 256),)](partial, grad_dw, parts, grad_dw.numel(), BLOCK=256)
-        if need_input and grad_x.numel() > 0:
-            pixels = s.n * s.h * s.w
-            grid = triton.cdiv(pixels, block["BLOCK_PIXELS"]), triton.cdiv(s.c, block["BLOCK_CHANNELS"])
-            input_gradient[grid](grad_u, dw, grad_x, pixels, s.h, s.w, s.c, s.oh, s.ow, **s.geometry, **block)
     return result()
 
 
