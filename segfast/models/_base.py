@@ -49,12 +49,15 @@ class SegmentationModel(nn.Module):
     """A network that maps images (N, 3, H, W) to logits (N, num_classes, H, W).
 
     A subclass gives `outputs(images)` and sets what differs from the attributes below.
+
+    idle: beginnings of the names of parameters that official weights hold and their networks count, but that no output reads.
     """
 
     name = "network"
     align_corners = False
     min_size = 32
     preprocessing = Preprocessing()
+    idle: tuple[str, ...] = ()
 
     def outputs(self, images: Tensor) -> Output:
         """The network proper; `images` have been checked."""
