@@ -97,15 +97,14 @@ class FANet(SegmentationModel):
 
     name = "fanet"
     align_corners = True
-    # the coarsest stages' maps go up and into the logits, the third's only up, the finest's only into the logits; the authors
-    # built both convolutions for all four
-    idle = ("fusion8.up.", "fusion16.smooth.")
 
     def __init__(self, num_classes: int = 19, depth: int = 18, aux: bool = False):
         super().__init__()
         if depth not in DEPTHS:
             raise ValueError(f"fanet: want depth {' or '.join(map(str, DEPTHS))}, got {depth}")
         self.num_classes = num_classes
+        # the authors built both convolutions for all four stages
+        self.idle = ("fusion8.up.", "fusion16.smooth.") if aux else ("fusion8.up.", "fusion16.smooth.", "fusion64.smooth.")
         self.encoder = Encoder(depth)
         self.fusion64, self.fusion32, self.fusion16, self.fusion8 = (Fusion(channels) for channels in (512, 256, 128, 64))
         self.head = Head(256, 256, num_classes)
@@ -131,7 +130,7 @@ OFFICIAL = "feinanshan/FANet"
 @register_model(
     paper=PAPER,
     parameters=13_820_032,
-    macs=47_393_177_600,
+    macs=47_091_187_712,
     published=Published(
         miou="74.4 test (Cityscapes)",
         speed="72 fps, 1024x2048, Titan X",
@@ -147,7 +146,7 @@ def fanet18(num_classes: int = 19, **options) -> FANet:
 @register_model(
     paper=PAPER,
     parameters=23_928_192,
-    macs=66_720_530_432,
+    macs=66_418_540_544,
     published=Published(
         miou="75.5 test (Cityscapes)",
         speed="58 fps, 1024x2048, Titan X",

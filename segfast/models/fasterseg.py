@@ -206,7 +206,7 @@ OFFICIAL = "VITA-Group/FasterSeg"
 @register_model(
     paper=PAPER,
     parameters=3_454_643,
-    macs=27_770_000_000,
+    macs=27_770_486_784,
     published=Published(
         parameters="4.4 M (with the training heads)",
         macs="28.2 G at 1024x2048",
@@ -225,7 +225,7 @@ def fasterseg_student(num_classes: int = 19, **options) -> FasterSeg:
 @register_model(
     paper=PAPER,
     parameters=22_188_931,
-    macs=107_780_000_000,
+    macs=107_778_932_736,
     published=Published(source="arXiv:1912.10917 prints no figures of the teacher"),
     official=OFFICIAL,
     licence="MIT",
