@@ -3,18 +3,37 @@
 from segfast.models._base import Output, Preprocessing, SegmentationModel
 from segfast.models._official import load_official
 from segfast.models._registry import NETWORKS, Network, create_model, list_models, register_model
+from segfast.models.contextnet import ContextNet, contextnet, contextnet12, contextnet18
+from segfast.models.espnet import ESPNet, ESPNetC, espnet, espnet_c
 from segfast.models.fast_scnn import FastSCNN, fast_scnn
+from segfast.models.icnet import ICNet, icnet
+from segfast.models.linknet import LinkNet, linknet
+from segfast.models.unet import UNet, unet
 
 __all__ = [
     "NETWORKS",
+    "ContextNet",
+    "ESPNet",
+    "ESPNetC",
     "FastSCNN",
+    "ICNet",
+    "LinkNet",
     "Network",
     "Output",
     "Preprocessing",
     "SegmentationModel",
+    "UNet",
+    "contextnet",
+    "contextnet12",
+    "contextnet18",
     "create_model",
+    "espnet",
+    "espnet_c",
     "fast_scnn",
+    "icnet",
+    "linknet",
     "list_models",
     "load_official",
     "register_model",
+    "unet",
 ]
