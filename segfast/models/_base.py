@@ -7,8 +7,9 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from segfast.nn.sampling import resize
 
 
 class Output(NamedTuple):
@@ -80,7 +81,7 @@ class SegmentationModel(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """(N, 3, H, W) to logits (N, num_classes, H, W)."""
         logits = self.forward_features(images).logits
-        return F.interpolate(logits, images.shape[2:], mode="bilinear", align_corners=self.align_corners)
+        return resize(logits, images.shape[2:], self.align_corners)
 
     @torch.no_grad()
     def predict(self, image) -> np.ndarray | Tensor:

@@ -123,7 +123,9 @@ class FANet(SegmentationModel):
         return Output(self.head(fused), aux, features | {"pre_logits": fused})
 
 
-PAPER = "Hu, Perazzi, Heilbron, Wang, Lin, Saenko, Sclaroff: Real-time Semantic Segmentation with Fast Attention, arXiv:2007.03815"
+PAPER = (
+    "Hu, Perazzi, Heilbron, Wang, Lin, Saenko, Sclaroff: Real-time Semantic Segmentation with Fast Attention, arXiv:2007.03815"
+)
 OFFICIAL = "feinanshan/FANet"
 
 

@@ -94,9 +94,7 @@ class FeatureFusion(nn.Module):
     def __init__(self, channels: int):
         super().__init__()
         self.conv = ConvBNReLU(channels, channels, 1)
-        self.attention = nn.Sequential(
-            nn.Conv2d(channels, channels, 1, bias=False), nn.Conv2d(channels, channels, 1, bias=False)
-        )
+        self.attention = nn.Sequential(nn.Conv2d(channels, channels, 1, bias=False), nn.Conv2d(channels, channels, 1, bias=False))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(x)
@@ -247,7 +245,9 @@ def import_fasterseg(name: str, weights: Weights) -> tuple[nn.Module, dict[str, 
             first = weights[f"cells.{layer}-0.{rest[2:]}"]
             if not torch.equal(first, weights.pop(key)):
                 raise ValueError(f"load_official: want {name!r}, whose branches share their first {shared} cells: {key} differs")
-    model = FasterSeg(weights["heads8.conv_1x1.weight"].shape[0], architecture, any(key.startswith("heads32.") for key in weights))
+    model = FasterSeg(
+        weights["heads8.conv_1x1.weight"].shape[0], architecture, any(key.startswith("heads32.") for key in weights)
+    )
     return model, {key: our_key(key, shared) for key in weights}
 
 
