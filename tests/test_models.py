@@ -17,12 +17,29 @@ def network(request):
     return NETWORKS[request.param]
 
 
+@pytest.fixture(scope="module")
+def built():
+    """Networks of five classes, built once a module: in evaluation mode, to be left as they are."""
+    models = {}
+
+    def build(name: str):
+        if name not in models:
+            torch.manual_seed(0)
+            models[name] = segfast.create_model(name, 5).eval()
+        return models[name]
+
+    return build
+
+
+def logits_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
+
+
 def test_declared_counts(network):
-    model = segfast.create_model(network.name).eval()
-    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == network.parameters
     with torch.device("meta"):
         model = segfast.create_model(network.name).eval()
         images = torch.empty(1, 3, *network.size)
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == network.parameters
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(images)
     assert counter.get_total_flops() == 2 * network.macs
@@ -30,14 +47,14 @@ def test_declared_counts(network):
 
 
 @pytest.mark.parametrize("size", [(64, 96), (65, 97), (33, 50), (32, 32)])
-def test_any_size(network, size):
-    model = segfast.create_model(network.name, 5).eval()
+def test_any_size(network, built, size):
+    model = built(network.name)
     images = torch.randn(2, 3, *size)
     with torch.no_grad():
         logits = model(images)
         output = model.forward_features(images)
         full = F.interpolate(output.logits, size, mode="bilinear", align_corners=model.align_corners)
-        assert torch.equal(logits, full)
+        logits_close(logits, full)
         assert "pre_logits" in output.features
         assert output.aux == ()
     assert logits.shape == (2, 5, *size)
@@ -52,19 +69,77 @@ def test_every_parameter_gets_a_gradient(network):
         assert parameter.grad.isfinite().all(), name
 
 
-def test_images_do_not_see_each_other(network):
-    model = segfast.create_model(network.name, 4).eval()
+def test_one_image_trains(network):
+    model = segfast.create_model(network.name, 2)
+    model(torch.randn(1, 3, 96, 128)).square().mean().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_images_do_not_see_each_other(network, built):
+    model = built(network.name)
     images = torch.randn(2, 3, 64, 96)
     with torch.no_grad():
-        torch.testing.assert_close(model(images)[1:], model(images[1:]), rtol=1e-4, atol=1e-5)
+        logits_close(model(images)[1:], model(images[1:]))
 
 
-def test_state_dict_comes_back(network):
-    first, second = (segfast.create_model(network.name, 4).eval() for _ in range(2))
+def test_quick_and_plain_agree(network, built):
+    """Without gradients BatchNorms are folded and results overwritten, with them not; images and features stay whole."""
+    model = built(network.name)
+    images = torch.randn(1, 3, 64, 96)
+    before = images.clone()
+    plain = model(images)
+    with torch.no_grad():
+        logits_close(model(images), plain.detach())
+    with torch.inference_mode():
+        logits_close(model(images), plain.detach())
+    assert torch.equal(images, before)
+    with torch.no_grad():
+        features = model.forward_features(images).features
+    for name, x in model.forward_features(images).features.items():
+        logits_close(features[name], x.detach())
+
+
+def test_state_dict_comes_back(network, built):
+    first, second = built(network.name), segfast.create_model(network.name, 5).eval()
     second.load_state_dict(first.state_dict())
     images = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
         assert torch.equal(first(images), second(images))
+
+
+def test_channels_last(network, built):
+    model = built(network.name)
+    images = torch.randn(1, 3, 64, 96)
+    with torch.no_grad():
+        logits_close(model(images.contiguous(memory_format=torch.channels_last)), model(images))
+
+
+def test_autocast(network, built):
+    model = built(network.name)
+    images = torch.randn(1, 3, 64, 96)
+    with torch.no_grad():
+        with torch.autocast("cpu", torch.bfloat16):
+            half = model(images)
+        full = model(images)
+    assert half.isfinite().all()
+    error = (half.float() - full).norm() / full.norm()
+    assert error < 0.1
+
+
+def test_compiles_as_one_graph(network, built):
+    model = built(network.name)
+    images = torch.randn(1, 3, 65, 97)
+    with torch.no_grad():
+        logits_close(torch.compile(model, fullgraph=True, backend="aot_eager")(images), model(images))
+
+
+def test_exports(network, built):
+    model = built(network.name)
+    images = torch.randn(1, 3, 65, 97)
+    program = torch.export.export(model, (images,))
+    assert not any("segfast" in str(node.target) for node in program.graph.nodes)
+    with torch.no_grad():
+        logits_close(program.module()(images), model(images))
 
 
 def test_fast_scnn_is_the_published_one():

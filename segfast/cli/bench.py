@@ -58,7 +58,11 @@ def bench(
         typer.echo(json.dumps([asdict(m) for m in measurements], indent=1))
         return
     console.print(result_table(measurements, ways))
-    for line in (f"Included: {job.INCLUDED}.", f"{job.WAYS_NOTE[0].upper()}{job.WAYS_NOTE[1:]}.", f"wrote {file}" if file else ""):
+    for line in (
+        f"Included: {job.INCLUDED}.",
+        f"{job.WAYS_NOTE[0].upper()}{job.WAYS_NOTE[1:]}.",
+        f"wrote {file}" if file else "",
+    ):
         if line:
             console.print(line, markup=False, highlight=False)
 

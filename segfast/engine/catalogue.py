@@ -8,7 +8,9 @@ from dataclasses import asdict
 from segfast.models import NETWORKS, list_models
 from segfast.models._registry import unknown
 
-MACS_NOTE = "MACs: multiply-accumulates of convolutions and matrix products, one image of the size given, 19 classes, no auxiliary head"
+MACS_NOTE = (
+    "MACs: multiply-accumulates of convolutions and matrix products, one image of the size given, 19 classes, no auxiliary head"
+)
 
 
 def networks(pattern: str = "*") -> list[dict]:

@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from segfast.nn.folding import conv_bn_act
+
 Activation = str | Callable[[int], nn.Module] | None
 
 _ACTIVATIONS: dict[str, Callable[[int], nn.Module]] = {
@@ -96,3 +98,8 @@ class ConvBNAct(nn.Sequential):
         self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias)
         self.bn = norm_layer(out_channels)
         self.act = activation(act, out_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if len(self._modules) != 3:
+            return super().forward(x)
+        return conv_bn_act(x, *self._modules.values())

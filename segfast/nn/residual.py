@@ -7,7 +7,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from segfast.nn.folding import activate, add, conv_bn_act
+
 NormLayer = Callable[[int], nn.Module]
+NOTHING = nn.Identity()
 
 
 def conv(in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, dilation: int = 1, groups: int = 1) -> nn.Conv2d:
@@ -30,10 +33,11 @@ class ResidualUnit(nn.Module):
         raise NotImplementedError
 
     def pre_activation(self, x: Tensor) -> Tensor:
-        return self.branch(x) + (x if self.downsample is None else self.downsample(x))
+        y = self.branch(x)
+        return add(x if self.downsample is None else self.downsample(x), y)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.relu(self.pre_activation(x))
+        return activate(self.relu, self.pre_activation(x))
 
 
 def shortcut(in_channels: int, out_channels: int, stride: int, norm_layer: NormLayer) -> nn.Module | None:
@@ -73,7 +77,8 @@ class BasicBlock(ResidualUnit):
         self.downsample = shortcut(in_channels, channels, stride, norm_layer)
 
     def branch(self, x: Tensor) -> Tensor:
-        return self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
+        x = conv_bn_act(x, self.conv1, self.bn1, self.relu)
+        return conv_bn_act(x, self.conv2, self.bn2, NOTHING)
 
 
 class Bottleneck(ResidualUnit):
@@ -113,9 +118,9 @@ class Bottleneck(ResidualUnit):
         self.downsample = shortcut(in_channels, out_channels, stride, norm_layer)
 
     def branch(self, x: Tensor) -> Tensor:
-        x = self.relu(self.bn1(self.conv1(x)))
-        x = self.relu(self.bn2(self.conv2(x)))
-        return self.bn3(self.conv3(x))
+        x = conv_bn_act(x, self.conv1, self.bn1, self.relu)
+        x = conv_bn_act(x, self.conv2, self.bn2, self.relu)
+        return conv_bn_act(x, self.conv3, self.bn3, NOTHING)
 
 
 class Residual(nn.Module):
