@@ -34,8 +34,8 @@ WAYS = {
     "segfast": (torch.channels_last, False, True),
 }
 WAYS_NOTE = (
-    "eager, channels_last: PyTorch as it is, every operation of this package on its PyTorch reference; "
-    "compiled: torch.compile with freezing, channels_last, references too; segfast: this package's kernels, channels_last, not compiled"
+    "eager, channels_last: every operation of this package on its PyTorch reference; compiled: the same in channels_last through "
+    "torch.compile with freezing; segfast: this package's kernels in channels_last, not compiled"
 )
 SAME_MACHINE = ("torch", "processor", "threads")
 
@@ -124,8 +124,7 @@ def macs(model: nn.Module, images: Tensor) -> int:
 def counted(name: str, size: tuple[int, int]) -> Measurement:
     """A network's counts, on fake tensors: takes neither memory nor time."""
     with FakeTensorMode():
-        model = create_model(name).eval().to(memory_format=torch.channels_last)
-        images = torch.empty(1, 3, *size).to(memory_format=torch.channels_last)
+        model, images = create_model(name).eval(), torch.empty(1, 3, *size)
         fused = activation_bytes(model, images)
         with references():
             plain = activation_bytes(model, images)

@@ -4,6 +4,8 @@ from segfast.models._base import Output, Preprocessing, SegmentationModel
 from segfast.models._official import load_official
 from segfast.models._registry import NETWORKS, Network, create_model, list_models, register_model
 from segfast.models.contextnet import ContextNet, contextnet, contextnet12, contextnet18
+from segfast.models.deeplabv3plus import DeepLabV3Plus, deeplabv3plus
+from segfast.models.semantic_fpn import SemanticFPN, semantic_fpn
 from segfast.models.espnet import ESPNet, ESPNetC, espnet, espnet_c
 from segfast.models.fanet import FANet, fanet18, fanet34
 from segfast.models.fast_scnn import FastSCNN, fast_scnn
@@ -18,6 +20,10 @@ from segfast.models.unet import UNet, unet
 __all__ = [
     "NETWORKS",
     "ContextNet",
+    "DeepLabV3Plus",
+    "SemanticFPN",
+    "deeplabv3plus",
+    "semantic_fpn",
     "ESPNet",
     "ESPNetC",
     "FANet",

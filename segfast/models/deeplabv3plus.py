@@ -59,6 +59,9 @@ class DeepLabV3Plus(SegmentationModel):
         self.num_classes = num_classes
         if output_stride not in (8, 16):
             raise ValueError(f"deeplabv3plus: want output_stride 8 or 16, got {output_stride}")
+        if backbone.startswith("resnet"):
+            # dilation in the place of striding must leave the function of the weights as it was
+            options.setdefault("dilate_first", False)
         self.backbone = create_backbone(backbone, output_stride=output_stride, **options)
         strides = tuple(self.backbone.strides)
         if 4 not in strides or strides[-1] != output_stride:
@@ -84,8 +87,8 @@ class DeepLabV3Plus(SegmentationModel):
 
 @register_model(
     paper="Chen, Zhu, Papandreou, Schroff, Adam: Encoder-Decoder with Atrous Separable Convolution, arXiv:1802.02611",
-    parameters=0,
-    macs=0,
+    parameters=40_351_667,
+    macs=138_429_333_504,
     size=(512, 1024),
     published=Published(
         macs="418.64 B multiply-adds at 1024x2048 (Xception-65, output stride 16)",

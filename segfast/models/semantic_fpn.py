@@ -92,8 +92,8 @@ class SemanticFPN(SegmentationModel):
 
 @register_model(
     paper="Kirillov, Girshick, He, Dollár: Panoptic Feature Pyramid Networks, arXiv:1901.02446",
-    parameters=0,
-    macs=0,
+    parameters=28_478_675,
+    macs=88_034_246_656,
     size=(512, 1024),
     published=Published(
         miou="74.52 val (Cityscapes, ResNet-50); 37.2 to 42.7 (ADE20K, PoolFormer-S12 to M48)",
