@@ -30,7 +30,11 @@ def test_stored_slice():
     torch.testing.assert_close(full, F.interpolate(logits, (67, 97), mode="bilinear", align_corners=False))
 
 
-LOGITS = []
+LOGITS = [
+    [263.83807, 879.50238, 1471.64185, 702.64484],
+    [120.99379, 673.77771, 487.80298, 0.61131],
+    [563.47699, 1009.57788, 1434.30493, 1174.78577],
+]
 
 
 def test_levels():
