@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from segfast.models._base import Output, SegmentationModel
 from segfast.models._official import Weights, register_importer
 from segfast.models._registry import Published, register_model
-from segfast.nn import ConvBNAct, FastAttention, resize
+from segfast.nn import BatchNorm2d, ConvBNAct, FastAttention, resize
+from segfast.nn.folding import activate, add, conv_bn_act
+from segfast.nn.residual import NOTHING, conv, shortcut
 
 DEPTHS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3)}
-SLOPE = 0.01
-
-
-def leaky_relu(channels: int) -> nn.Module:
-    return nn.LeakyReLU(SLOPE, inplace=True)
 
 
 class BasicBlock(nn.Module):
@@ -24,20 +20,16 @@ class BasicBlock(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, stride: int):
         super().__init__()
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(out_channels)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, 1, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(out_channels)
-        self.downsample = None
-        if stride != 1 or in_channels != out_channels:
-            self.downsample = nn.Sequential(
-                nn.Conv2d(in_channels, out_channels, 1, stride, bias=False), nn.BatchNorm2d(out_channels)
-            )
+        self.conv1, self.bn1 = conv(in_channels, out_channels, 3, stride), BatchNorm2d(out_channels)
+        self.conv2, self.bn2 = conv(out_channels, out_channels, 3), BatchNorm2d(out_channels)
+        self.inner, self.relu = nn.LeakyReLU(), nn.ReLU()
+        self.downsample = shortcut(in_channels, out_channels, stride, BatchNorm2d)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.leaky_relu(self.bn1(self.conv1(x)), SLOPE, inplace=True)
-        y = self.bn2(self.conv2(y))
-        return F.relu(y.add_(x if self.downsample is None else self.downsample(x)), inplace=True)
+        y = conv_bn_act(x, self.conv1, self.bn1, self.inner)
+        y = conv_bn_act(y, self.conv2, self.bn2, NOTHING)
+        x = x if self.downsample is None else conv_bn_act(x, *self.downsample, NOTHING)
+        return activate(self.relu, add(x, y))
 
 
 class Encoder(nn.Module):
@@ -45,8 +37,8 @@ class Encoder(nn.Module):
 
     def __init__(self, depth: int):
         super().__init__()
-        self.conv1 = nn.Conv2d(3, 64, 7, 2, 3, bias=False)
-        self.bn1 = nn.BatchNorm2d(64)
+        self.conv1, self.bn1, self.act = conv(3, 64, 7, 2), nn.BatchNorm2d(64), nn.LeakyReLU()
+        self.maxpool = nn.MaxPool2d(3, 2, 1)
         in_channels = 64
         for i, blocks in enumerate(DEPTHS[depth]):
             width = 64 * 2**i
@@ -55,8 +47,7 @@ class Encoder(nn.Module):
             in_channels = width
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        x = F.leaky_relu(self.bn1(self.conv1(x)), SLOPE, inplace=True)
-        x = F.max_pool2d(x, 3, 2, 1)
+        x = self.maxpool(conv_bn_act(x, self.conv1, self.bn1, self.act))
         maps = []
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
             x = stage(x)
@@ -69,20 +60,20 @@ class Fusion(nn.Module):
 
     def __init__(self, channels: int):
         super().__init__()
-        self.attention = FastAttention(channels, 32, value_act=leaky_relu, act=leaky_relu)
+        self.attention = FastAttention(channels, 32, value_act="leaky_relu", act="leaky_relu", norm_layer=BatchNorm2d)
         # the padding is the authors': a border that only BatchNorm sees, which the resizing then draws inwards
-        self.up = ConvBNAct(channels, channels // 2, 1, padding=1, act=leaky_relu)
-        self.smooth = ConvBNAct(channels, 128, act=leaky_relu)
+        self.up = ConvBNAct(channels, channels // 2, 1, padding=1, act="leaky_relu")
+        self.smooth = ConvBNAct(channels, 128, act="leaky_relu", norm_layer=BatchNorm2d)
 
     def forward(self, x: Tensor, coarser: Tensor | None = None) -> Tensor:
         y = self.attention(x)
-        return y if coarser is None else y + resize(coarser, y.shape[2:], align_corners=True)
+        return y if coarser is None else add(resize(coarser, y.shape[2:], align_corners=True), y)
 
 
 class Head(nn.Sequential):
     def __init__(self, in_channels: int, channels: int, num_classes: int):
         super().__init__()
-        self.conv = ConvBNAct(in_channels, channels, act=leaky_relu)
+        self.conv = ConvBNAct(in_channels, channels, act="leaky_relu", norm_layer=BatchNorm2d)
         self.classifier = nn.Conv2d(channels, num_classes, 1, bias=False)
 
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from segfast.models._base import Output, SegmentationModel
 from segfast.models._official import Weights, register_importer
 from segfast.models._registry import Published, register_model
+from segfast.nn import BatchNorm2d, ConvBNAct, resize
+from segfast.nn.folding import activate, conv_bn_act
+from segfast.nn.residual import NOTHING, conv
 
 
 class Branch(NamedTuple):
@@ -55,13 +58,7 @@ ARCHITECTURES = {
     ),
 }
 
-
-class ConvBNReLU(nn.Sequential):
-    def __init__(self, in_channels: int, out_channels: int, kernel_size: int = 3, stride: int = 1):
-        super().__init__()
-        self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, kernel_size // 2, bias=False)
-        self.bn = nn.BatchNorm2d(out_channels)
-        self.act = nn.ReLU(inplace=True)
+unit = partial(ConvBNAct, norm_layer=BatchNorm2d)
 
 
 class Cell(nn.Module):
@@ -69,23 +66,26 @@ class Cell(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, stride: int = 1, convs: int = 2, zoomed: bool = False):
         super().__init__()
+        self.convs = convs
         self.zoomed = zoomed
         self.stride = stride
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, 1 if zoomed else stride, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(out_channels)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, 1, 1, bias=False) if convs == 2 else None
-        self.bn2 = nn.BatchNorm2d(out_channels) if convs == 2 else None
+        self.conv1, self.bn1 = conv(in_channels, out_channels, 3, 1 if zoomed else stride), BatchNorm2d(out_channels)
+        if convs == 2:
+            self.conv2, self.bn2 = conv(out_channels, out_channels, 3), BatchNorm2d(out_channels)
+        self.relu = nn.ReLU()
 
     def forward(self, x: Tensor) -> Tensor:
         size = x.shape[2:]
         if self.zoomed:
-            x = resize(x, (max(1, size[0] // 2), max(1, size[1] // 2)))
-        x = self.bn1(self.conv1(x))
-        if self.conv2 is not None:
-            x = self.bn2(self.conv2(F.relu(x, inplace=True)))
-        if self.zoomed and self.stride == 1:
-            x = resize(x, size)
-        return F.relu(x, inplace=True)
+            x = resize(x, (max(1, size[0] // 2), max(1, size[1] // 2)), align_corners=True)
+        grows = self.zoomed and self.stride == 1
+        last = NOTHING if grows else self.relu
+        if self.convs == 2:
+            x = conv_bn_act(x, self.conv1, self.bn1, self.relu)
+            x = conv_bn_act(x, self.conv2, self.bn2, last)
+        else:
+            x = conv_bn_act(x, self.conv1, self.bn1, last)
+        return activate(self.relu, resize(x, size, align_corners=True)) if grows else x
 
 
 class FeatureFusion(nn.Module):
@@ -93,7 +93,7 @@ class FeatureFusion(nn.Module):
 
     def __init__(self, channels: int):
         super().__init__()
-        self.conv = ConvBNReLU(channels, channels, 1)
+        self.conv = unit(channels, channels, 1)
         self.attention = nn.Sequential(nn.Conv2d(channels, channels, 1, bias=False), nn.Conv2d(channels, channels, 1, bias=False))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -104,7 +104,7 @@ class Head(nn.Sequential):
     def __init__(self, in_channels: int, num_classes: int):
         super().__init__()
         hidden = in_channels if in_channels <= 256 else in_channels // 2
-        self.conv = ConvBNReLU(in_channels, hidden)
+        self.conv = unit(in_channels, hidden)
         self.classifier = nn.Conv2d(hidden, num_classes, 1)
 
 
@@ -143,7 +143,7 @@ class FasterSeg(SegmentationModel):
         self.num_classes = num_classes
         stem, branches, shared = ARCHITECTURES[architecture]
         c8, c16, c32 = 8 * stem, 16 * stem, 32 * stem
-        self.stem = nn.Sequential(ConvBNReLU(3, 4 * stem, 3, 2), Cell(4 * stem, c8, 2), Cell(c8, c8, 2))
+        self.stem = nn.Sequential(unit(3, 4 * stem, 3, 2), Cell(4 * stem, c8, 2), Cell(c8, c8, 2))
         deep, shallow = (build_cells(branch, c8) for branch in branches)
         self.written = tuple(strides_written(branch) for branch in branches)
         self.shared = nn.ModuleList(deep[:shared])
@@ -154,10 +154,10 @@ class FasterSeg(SegmentationModel):
             {stride: stride * width for stride, width in zip(written, branch.widths)}.values()
             for written, branch in zip(self.written, branches)
         )
-        self.lateral = nn.ModuleList([ConvBNReLU(c32, c16, 1), ConvBNReLU(c16, c8, 1)])
-        self.refine = nn.ModuleList([ConvBNReLU(c16 + deep16, c16), ConvBNReLU(c8 + deep8, c8)])
-        self.shallow_lateral = ConvBNReLU(c16, c8, 1)
-        self.shallow_refine = ConvBNReLU(c8 + shallow8, c8)
+        self.lateral = nn.ModuleList([unit(c32, c16, 1), unit(c16, c8, 1)])
+        self.refine = nn.ModuleList([unit(c16 + deep16, c16), unit(c8 + deep8, c8)])
+        self.shallow_lateral = unit(c16, c8, 1)
+        self.shallow_refine = unit(c8 + shallow8, c8)
         self.fusion = FeatureFusion(2 * c8)
         self.head = Head(2 * c8, num_classes)
         self.aux = nn.ModuleList([Head(c16 + deep16, num_classes), Head(c32, num_classes)] if aux else [])
@@ -173,14 +173,14 @@ class FasterSeg(SegmentationModel):
                 y = maps[stride] = cell(y)
         y = deep[32]
         for stride, lateral, refine in zip((16, 8), self.lateral, self.refine):
-            y = refine(torch.cat([resize(lateral(y), deep[stride].shape[2:]), deep[stride]], 1))
-        z = resize(self.shallow_lateral(shallow[16]), shallow[8].shape[2:])
+            y = refine(torch.cat([resize(lateral(y), deep[stride].shape[2:], align_corners=True), deep[stride]], 1))
+        z = resize(self.shallow_lateral(shallow[16]), shallow[8].shape[2:], align_corners=True)
         z = self.shallow_refine(torch.cat([z, shallow[8]], 1))
         fused = self.fusion(torch.cat([y, z], 1))
         aux = ()
         if len(self.aux):
             # odd sizes: a zoomed cell rounds its half down, a plain one up, so the branches may differ by one at 1/16
-            middle = shallow[16] if shallow[16].shape == deep[16].shape else resize(shallow[16], deep[16].shape[2:])
+            middle = resize(shallow[16], deep[16].shape[2:], align_corners=True)
             aux = (self.aux[0](torch.cat([deep[16], middle], 1)), self.aux[1](deep[32]))
         features = {
             "stage1": deep[8],
@@ -191,10 +191,6 @@ class FasterSeg(SegmentationModel):
             "pre_logits": fused,
         }
         return Output(self.head(fused), aux, features)
-
-
-def resize(x: Tensor, size) -> Tensor:
-    return F.interpolate(x, size, mode="bilinear", align_corners=True)
 
 
 PAPER = "Chen, Gong, Liu, Zhang, Li, Wang: FasterSeg: Searching for Faster Real-time Semantic Segmentation, arXiv:1912.10917"

@@ -8,7 +8,8 @@ from segfast.backbones import ResNet
 from segfast.models._base import Output, Preprocessing, SegmentationModel
 from segfast.models._official import Weights, register_importer
 from segfast.models._registry import Published, register_model
-from segfast.nn import BNActConv, SpatialPyramidPooling, resize
+from segfast.nn import BatchNorm2d, BNActConv, SpatialPyramidPooling, resize
+from segfast.nn.folding import add
 
 WIDTH = 128
 # of images in 0 to 255, as in the authors' configurations
@@ -25,7 +26,7 @@ class Upsample(nn.Module):
 
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:
         skip = self.bottleneck(skip)
-        return self.blend_conv(resize(x, skip.shape[2:]) + skip)
+        return self.blend_conv(add(resize(x, skip.shape[2:]), skip))
 
 
 class SwiftNet(SegmentationModel):
@@ -44,7 +45,7 @@ class SwiftNet(SegmentationModel):
         if depth not in (18, 34):
             raise ValueError(f"swiftnet: want depth 18 or 34, got {depth}")
         self.num_classes = num_classes
-        self.encoder = ResNet(depth)
+        self.encoder = ResNet(depth, norm_layer=BatchNorm2d)
         self.spp = SpatialPyramidPooling(512, momentum=0.005)
         self.upsample = nn.ModuleList(Upsample(channels) for channels in (256, 128, 64))
         self.logits = BNActConv(WIDTH, num_classes, 1, bias=True)

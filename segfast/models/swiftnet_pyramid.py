@@ -9,14 +9,16 @@ from segfast.models._base import Output, SegmentationModel
 from segfast.models._official import Weights, register_importer
 from segfast.models._registry import Published, register_model
 from segfast.models.swiftnet import CITYSCAPES, LICENCE, OFFICIAL, WIDTH, initialise, pop_preprocessing
-from segfast.nn import BNActConv, resize
+from segfast.nn import BatchNorm2d, BNActConv, resize
+from segfast.nn.folding import activate, add, conv_bn_act
+from segfast.nn.residual import NOTHING, conv, shortcut
 
 LEVELS = 3
 
 
 def norms(channels: int) -> nn.ModuleList:
     """A BatchNorm for each level of the pyramid: the levels share the convolutions, not the statistics."""
-    return nn.ModuleList(nn.BatchNorm2d(channels) for _ in range(LEVELS))
+    return nn.ModuleList(BatchNorm2d(channels) for _ in range(LEVELS))
 
 
 class BasicBlock(nn.Module):
@@ -24,20 +26,15 @@ class BasicBlock(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, stride: int):
         super().__init__()
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride, 1, bias=False)
-        self.bn1 = norms(out_channels)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, 1, 1, bias=False)
-        self.bn2 = norms(out_channels)
-        self.downsample = None
-        if stride != 1 or in_channels != out_channels:
-            self.downsample = nn.Sequential(
-                nn.Conv2d(in_channels, out_channels, 1, stride, bias=False), nn.BatchNorm2d(out_channels)
-            )
+        self.conv1, self.bn1 = conv(in_channels, out_channels, 3, stride), norms(out_channels)
+        self.conv2, self.bn2 = conv(out_channels, out_channels, 3), norms(out_channels)
+        self.relu = nn.ReLU()
+        self.downsample = shortcut(in_channels, out_channels, stride, BatchNorm2d)
 
     def forward(self, x: Tensor, level: int) -> Tensor:
-        y = F.relu(self.bn1[level](self.conv1(x)), inplace=True)
-        y = self.bn2[level](self.conv2(y))
-        return y.add_(x if self.downsample is None else self.downsample(x))
+        y = conv_bn_act(x, self.conv1, self.bn1[level], self.relu)
+        y = conv_bn_act(y, self.conv2, self.bn2[level], NOTHING)
+        return add(x if self.downsample is None else conv_bn_act(x, *self.downsample, NOTHING), y)
 
 
 class Encoder(nn.Module):
@@ -45,8 +42,8 @@ class Encoder(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.conv1 = nn.Conv2d(3, 64, 7, 2, 3, bias=False)
-        self.bn1 = norms(64)
+        self.conv1, self.bn1, self.relu = conv(3, 64, 7, 2), norms(64), nn.ReLU()
+        self.maxpool = nn.MaxPool2d(3, 2, 1)
         in_channels = 64
         for i, width in enumerate((64, 128, 256, 512)):
             units = [BasicBlock(in_channels, width, 2 if i else 1), BasicBlock(width, width, 1)]
@@ -54,13 +51,12 @@ class Encoder(nn.Module):
             in_channels = width
 
     def forward(self, x: Tensor, level: int) -> list[Tensor]:
-        x = F.relu(self.bn1[level](self.conv1(x)), inplace=True)
-        x = F.max_pool2d(x, 3, 2, 1)
+        x = self.maxpool(conv_bn_act(x, self.conv1, self.bn1[level], self.relu))
         maps = []
         for first, second in (self.layer1, self.layer2, self.layer3, self.layer4):
-            before = second(F.relu(first(x, level), inplace=True), level)
+            before = second(activate(self.relu, first(x, level)), level)
             maps.append(before)
-            x = F.relu(before)
+            x = self.relu(before)
         return maps
 
 
@@ -70,7 +66,7 @@ class Blend(nn.Module):
         self.blend_conv = BNActConv(WIDTH, WIDTH, 3)
 
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:
-        return self.blend_conv(resize(x, skip.shape[2:]) + skip)
+        return self.blend_conv(add(resize(x, skip.shape[2:]), skip))
 
 
 class SwiftNetPyramid(SegmentationModel):
@@ -106,7 +102,7 @@ class SwiftNetPyramid(SegmentationModel):
             for i, (stage, bottleneck) in enumerate(zip(self.encoder(image, level), self.bottlenecks)):
                 skip = bottleneck(stage)
                 seen = skips[i + level]
-                skips[i + level] = skip if seen is None else seen.add_(skip)
+                skips[i + level] = skip if seen is None else add(seen, skip)
                 features[f"stage{i + 1}" if not level else f"level{level + 1}_stage{i + 1}"] = stage
         x = skips[-1]
         for skip, blend in zip(skips[-2::-1], self.blends):
@@ -116,8 +112,8 @@ class SwiftNetPyramid(SegmentationModel):
 
 @register_model(
     paper=(
-        "Orsic, Segvic: Efficient Semantic Segmentation with Pyramidal Fusion, Pattern Recognition 110, 2021; the pyramid is that "
-        "of arXiv:1903.08469, section 3.4"
+        "Orsic, Segvic: Efficient Semantic Segmentation with Pyramidal Fusion, Pattern Recognition 110, 2021; the pyramid is "
+        "that of arXiv:1903.08469, section 3.4"
     ),
     parameters=12_056_275,
     macs=128_192_610_304,
