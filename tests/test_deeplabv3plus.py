@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from official import image, random_weights
+from official_weights import image, random_weights
 from torch import nn
 
 import segfast
@@ -66,12 +66,6 @@ LOGITS = [
     [-83.37179, -53.47734, -40.45298, -26.45469],
     [-71.63893, -54.99977, -85.94572, -137.84477],
 ]
-
-
-def test_one_image_trains():
-    model = segfast.create_model("deeplabv3plus", 4, "resnet18")
-    model(torch.randn(1, 3, 32, 32)).square().mean().backward()
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
 def test_errors():

@@ -6,7 +6,7 @@ import types
 import pytest
 import torch
 import torch.nn.functional as F
-from official import image, random_weights, repository
+from official_weights import image, random_weights, repository
 from torch import nn
 
 import segfast
@@ -54,12 +54,6 @@ def test_weights_of_another_network():
         segfast.load_official("semantic_fpn", {"conv1.weight": torch.zeros(1)})
     with pytest.raises(ValueError, match=r"want a PoolFormer's weights, got 8 channels and 0 blocks"):
         segfast.load_official("semantic_fpn", {"backbone.patch_embed.proj.weight": torch.zeros(8, 3, 7, 7)})
-
-
-def test_one_image_trains():
-    model = segfast.create_model("semantic_fpn", 4, "resnet18")
-    model(torch.randn(1, 3, 48, 64)).square().mean().backward()
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
 class Head(nn.Module):
