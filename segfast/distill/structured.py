@@ -6,6 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from segfast import ops
+from segfast.distill._method import Batch, Term, register_term, resize, smaller
+from segfast.distill._method import valid_pixels as cells
+from segfast.ops.pairwise_cosine import pool_nodes
 from segfast.ops.pixelwise_kl import check_options, valid_pixels
 
 
@@ -53,15 +56,24 @@ class PairWiseLoss(nn.Module):
         self.node_size, self.pool, self.grid, self.eps = node_size, pool, grid, eps
         self.detach_norm = preset == "official" if detach_norm is None else detach_norm
 
-    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """The loss of feature maps (N, C, H, W) and (N, C', H, W)."""
+    def forward(self, student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
+        """The loss of feature maps (N, C, H, W) and (N, C', H, W); the mean over nodes with a pixel where `mask` (N, H, W) holds.
+
+        Both maps are taken for 0 elsewhere: a vector of zeros resembles nothing.
+        """
         node_size, pool = self.node_size, self.pool
         if self.preset == "official":
             height, width = (max(1, int(size * self.scale)) for size in teacher.shape[-2:])
             node_size, pool = (height, width), "max"
-        return ops.pairwise_loss(
+        if mask is not None:
+            student, teacher = (torch.where(mask.unsqueeze(1), x, 0) for x in (student, teacher))
+        loss = ops.pairwise_loss(
             student, teacher, node_size=node_size, pool=pool, grid=self.grid, detach_norm=self.detach_norm, eps=self.eps
         )
+        if mask is None:
+            return loss
+        nodes = pool_nodes(mask.unsqueeze(1).float(), node_size, "max", self.grid).flatten(1)
+        return loss * (nodes.numel() * nodes.shape[1]) / nodes.sum(1).square().sum().clamp(min=1)
 
     def extra_repr(self) -> str:
         if self.preset == "official":
@@ -116,3 +128,71 @@ class PixelWiseLoss(nn.Module):
             f"temperature={self.temperature}, ignore_index={self.ignore_index}, reduction={self.reduction!r}, "
             f"preset={self.preset!r}"
         )
+
+
+class PixelWise(Term):
+    """The term "pixel-wise" of a method: `PixelWiseLoss` of the logits, the teacher's at the student's size.
+
+    Args:
+        weight: of the term; the paper's 10.
+        temperature: as in `PixelWiseLoss`.
+        preset, ignore_index: as in `PixelWiseLoss`; "official" counts ignored pixels too, as the released code does.
+    """
+
+    def __init__(self, *, weight: float = 10.0, temperature: float = 1.0, preset: str = "paper", ignore_index: int = 255):
+        super().__init__()
+        self.weight, self.ignore_index, self.masked = weight, ignore_index, preset == "paper"
+        self.loss = PixelWiseLoss(temperature=temperature, ignore_index=ignore_index, preset=preset)
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        student = batch.student.logits
+        mask = cells(batch.target, student.shape[2:], self.ignore_index) if self.masked else None
+        return {"pixel-wise": self.weight * self.loss(student, resize(batch.teacher.logits, student.shape[2:]), mask=mask)}
+
+
+class PairWise(Term):
+    """The term "pair-wise" of a method: `PairWiseLoss` of the maps before the classifiers, both at the smaller one's size.
+
+    Args:
+        weight: of the term; the paper's 10, the released code's 0.5.
+        taps: (student's, teacher's) instead of the maps that the classifiers read.
+        node_size, pool, grid, eps, preset, scale: as in `PairWiseLoss`.
+        ignore_index: nodes without a labelled pixel are left out, with preset="official" as the released code does not.
+    """
+
+    def __init__(
+        self,
+        *,
+        weight: float = 10.0,
+        taps: tuple[str, str] = ("pre_logits", "pre_logits"),
+        preset: str = "paper",
+        ignore_index: int = 255,
+        **options,
+    ):
+        super().__init__()
+        self.weight, self.ignore_index, self.masked = weight, ignore_index, preset == "paper"
+        self.student_taps, self.teacher_taps = [taps[0]], [taps[1]]
+        self.reads_teacher = False
+        self.loss = PairWiseLoss(preset=preset, **options)
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        student, teacher = smaller(batch.student_maps[0], batch.teacher_maps[0])
+        mask = cells(batch.target, student.shape[2:], self.ignore_index) if self.masked else None
+        return {"pair-wise": self.weight * self.loss(student, teacher, mask)}
+
+
+@register_term("pixel-wise", "structured")
+def pixel_wise(student, teacher, preset, ignore_index, weight: float = 10.0, temperature: float = 1.0) -> Term:
+    """The pixel-wise term of Structured Knowledge Distillation."""
+    return PixelWise(weight=weight, temperature=temperature, preset=preset, ignore_index=ignore_index)
+
+
+@register_term("pair-wise", "structured")
+def pair_wise(
+    student, teacher, preset, ignore_index, weight: float | None = None, taps: tuple[str, str] = ("pre_logits", "pre_logits"),
+    node_size=2, pool: str = "avg", grid=None, eps: float = 1e-8, scale: float = 0.5,
+) -> Term:  # fmt: skip
+    """The pair-wise term of Structured Knowledge Distillation."""
+    weight = weight if weight is not None else 0.5 if preset == "official" else 10.0
+    options = {"node_size": node_size, "pool": pool, "grid": grid, "eps": eps, "scale": scale}
+    return PairWise(weight=weight, taps=taps, preset=preset, ignore_index=ignore_index, **options)
