@@ -149,10 +149,10 @@ class Method:
         Args:
             images: (N, 3, H, W), as the networks take them.
             target: (N, H, W), integer labels; without them there is no task loss and no pixel is ignored.
-            student_out: what `student.forward_features(images)` gave, with gradients, instead of a run of the student here. Where a
-                term has taps in the student, this must have been its latest run.
-            teacher_out: what the teacher's `forward_features(images)` gave now or earlier (a cache; any float dtype). A term whose
-                taps in the teacher are module paths runs the teacher all the same.
+            student_out: what `student.forward_features(images)` gave, with gradients, instead of a run of the student here. Where
+                a term has taps in the student, this must have been its latest run.
+            teacher_out: what the teacher's `forward_features(images)` gave now or earlier (a cache; any float dtype). A term
+                whose taps in the teacher are module paths runs the teacher all the same.
             floats: read the terms' values, for which a GPU is waited for, once; without, they are detached tensors on the device.
 
         Raises:
@@ -271,7 +271,7 @@ def create_method(
     student: nn.Module,
     teacher: nn.Module,
     *,
-    task: Task | None | str = "cross_entropy",
+    task: Task | str | None = "cross_entropy",
     aux_weight: float = 0.4,
     ignore_index: int = 255,
     preset: str = "paper",
