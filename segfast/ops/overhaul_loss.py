@@ -67,7 +67,7 @@ def overhaul_loss(
     """Partial L2 distance of a student's map from a teacher's behind a margin ReLU, both taken before the activation.
 
     loss = sum over n, c, h, w of d(S, T),  T = max(teacher, margin[c]),  d(S, T) = 0 if S <= T <= 0 else (T - S)^2
-    (Heo et al., A Comprehensive Overhaul of Feature Distillation, arXiv:1904.01866, section 3)
+    (Heo et al., A Comprehensive Overhaul of Feature Distillation, arXiv:1904.01866)
 
     Where the ReLU will make 0 of both it does not matter how far below 0 the student is. The kernel reads both maps once and
     leaves the student's gradient behind. Teacher and margin get their gradients if they require one.
