@@ -132,6 +132,7 @@ def train_autoencoder(
                 progress(done, values)
     finally:
         taps.close()
+        optimizer.zero_grad(set_to_none=True)
     return autoencoder.eval().requires_grad_(False)
 
 
