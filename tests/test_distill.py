@@ -11,10 +11,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import EFFORT, count
-from harness import reference_only, same_bits
+from harness import judge, reference_only, same_bits
 from torch import Tensor, nn
 
-from segfast import distill
+from segfast import distill, ops
 from segfast.distill._method import valid_pixels
 from segfast.distill._taps import Probe, Taps
 from segfast.models import create_model
@@ -790,6 +790,9 @@ def test_against_mmrazor():
     losses = pytest.importorskip("mmrazor.models.losses")
     student, teacher = randn(2, 5, 6, 7), randn(2, 5, 6, 7, seed=1)
     close(distill.ChannelWiseLoss(3.0)(student, teacher), losses.ChannelWiseDivergence(tau=3.0)(student, teacher))
+    margin = torch.full((5,), -0.4, dtype=torch.float64)
+    own = ops.overhaul_loss(student, teacher, margin, reduction="batchmean")
+    close(own, losses.OFDLoss(mul_factor=1.0)(student, teacher.clamp(min=-0.4)))
 
 
 # Target 13 of the convergence of distillation: fused against eager, from the same start on the same batches.
@@ -819,6 +822,38 @@ def course(fused, steps, seed, dtype, layout=torch.contiguous_format, nudge=0.0)
             optimizer.step()
             losses.append(sum(terms.values()))
     return losses
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=("float32", "bfloat16"))
+def test_one_step(dtype):
+    """The loss and every gradient of one step from the same state are within the error rule of the ops."""
+    images, target = batch(2, (64, 96))
+    name = "pixel-wise+pair-wise+channel-wise+overhaul"
+
+    def pair():
+        torch.manual_seed(0)
+        return [create_model("fast_scnn", num_classes=CLASSES, width=width) for width in (0.25, 0.4)]
+
+    names = [key for key, _ in pair()[0].named_parameters()]
+
+    def run(call):
+        images, *values = call
+        student, teacher = (network.to(images.dtype) for network in pair())
+        method = distill.create_method(name, student, teacher)
+        method.terms.to(images.dtype)
+        with torch.no_grad():
+            for p, value in zip(student.parameters(), values, strict=True):
+                p.copy_(value)
+        wide = images.dtype == torch.float64
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16 and not wide):
+            loss, _ = method(images, target)
+        loss.backward()
+        return [loss.detach(), *(p.grad for p in student.parameters())]
+
+    call = (images, *(p.detach() for p in pair()[0].parameters()))
+    actual = run(call)
+    with reference_only():
+        judge("a step", ["outputs[0]", *(f"grads {key}" for key in names)], actual, run, call, torch.float32)
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=("float32", "bfloat16"))
