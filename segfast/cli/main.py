@@ -6,6 +6,7 @@ import typer
 
 from segfast.cli.demo import demo
 from segfast.cli.info import info
+from segfast.cli.train import distill, train
 
 app = typer.Typer(
     help="Compact, real-time semantic segmentation in PyTorch.",
@@ -15,6 +16,8 @@ app = typer.Typer(
 )
 app.command()(info)
 app.command()(demo)
+app.command()(train)
+app.command()(distill)
 
 
 @app.callback(invoke_without_command=True)

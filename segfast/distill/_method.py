@@ -271,7 +271,7 @@ def create_method(
     student: nn.Module,
     teacher: nn.Module,
     *,
-    task: Task | None | str = "cross_entropy",
+    task: Task | str | None = "cross_entropy",
     aux_weight: float = 0.4,
     ignore_index: int = 255,
     preset: str = "paper",
