@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import typer
 
+from segfast.cli import data
 from segfast.cli.demo import demo
+from segfast.cli.evaluate import evaluate, predict
 from segfast.cli.info import info
 from segfast.cli.train import distill, train
 
@@ -18,6 +20,9 @@ app.command()(info)
 app.command()(demo)
 app.command()(train)
 app.command()(distill)
+app.command("eval")(evaluate)
+app.command()(predict)
+app.add_typer(data.app, name="data")
 
 
 @app.callback(invoke_without_command=True)
