@@ -136,7 +136,7 @@ def read(reader: Callable[[Path], Tensor], path: Path) -> Tensor:
     except FileNotFoundError:
         raise
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        if str(path) in str(error):
+        if isinstance(error, ValueError) and str(path) in str(error):
             raise
         raise ValueError(f"cannot read {path}: {error}") from error
 

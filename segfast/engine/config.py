@@ -89,6 +89,9 @@ class Config:
     examples: int = option(4, "Validation images in the example panels; 0: no panels.", free=True)
 
     def __post_init__(self):
+        for name in ("size", "crop", "scale"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+
         def want(good: bool, name: str, what: str):
             if not good:
                 raise ValueError(f"config: want {name} {what}, got {getattr(self, name)!r}")

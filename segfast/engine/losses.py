@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -14,8 +15,9 @@ IGNORED = 255
 class LabelLoss(nn.Module):
     """Cross-entropy over the labelled pixels in nats, and that of the auxiliary heads; a task of `create_method` too.
 
-    With class weights the mean is weighted, as in F.cross_entropy. OHEM (Shrivastava et al., arXiv:1604.03540) takes the mean
-    over the hard pixels alone: those whose class has less than `ohem` probability, and at least `ohem_keep` of the labelled.
+    Of several processes it is the mean over the pixels of all. With class weights the mean is weighted, as in F.cross_entropy.
+    OHEM (Shrivastava et al., arXiv:1604.03540) takes the mean over the hard pixels alone: those whose class has less than
+    `ohem` probability, and at least `ohem_keep` of the labelled.
 
     Args:
         class_weights: a factor a class; None: 1.
@@ -72,9 +74,12 @@ class LabelLoss(nn.Module):
         return (pixels * hard).sum() / self.weight_of(target, hard)
 
     def weight_of(self, target: Tensor, counted: Tensor) -> Tensor:
-        if self.class_weights is None:
-            return counted.sum().clamp(min=1)
-        return self.class_weights[target[counted]].sum().clamp(min=torch.finfo(torch.float32).tiny)
+        weight = counted.sum().float() if self.class_weights is None else self.class_weights[target[counted]].sum()
+        if dist.is_available() and dist.is_initialized():
+            # Gradients are averaged over the processes: only with one weight for all is that the gradient of the whole batch.
+            dist.all_reduce(weight)
+            weight /= dist.get_world_size()
+        return torch.where(weight > 0, weight, 1.0)
 
 
 def balanced_weights(pixels: Sequence[int]) -> list[float]:

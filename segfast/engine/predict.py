@@ -81,15 +81,13 @@ def video(model, source: Path, target: Path, palette, opacity: float, progress) 
     temporary = target.with_name(f".{target.name}")
     writer = None
     try:
-        done = 0
-        for frame in frames:
+        for done, frame in enumerate(frames, 1):
             image = torch.from_numpy(frame).permute(2, 0, 1).float() / 255
             picture = overlay(image, classify(model, image), palette, opacity).numpy()
             # Encoders want even sides.
             picture = picture[: picture.shape[0] // 2 * 2, : picture.shape[1] // 2 * 2]
             writer = writer or VideoWriter(temporary, rate, picture.shape[:2])
             writer.write(picture)
-            done += 1
             progress(done, max(total, done) if total else 0)
         if writer is None:
             raise ValueError(f"cannot read {source}: no frame in it")

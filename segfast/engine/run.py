@@ -199,6 +199,9 @@ class Run:
         if state.is_file():
             self.restore(checkpoint.load_state(state))
             say(f"going on after step {self.step} of {config.steps} in {folder}")
+        if self.processes.rank:
+            # Every process has its own dropout; only the first one's draws are saved.
+            torch.manual_seed(hash((config.seed, self.processes.rank, self.step)))
         if self.alone:
             self.trim_metrics()
             about = {**environment(), "processes": str(self.processes.world), "device": str(self.device)}
