@@ -141,6 +141,18 @@ def pixelwise_cases():
     yield "pixelwise_kl-float32-19-none", lambda x=x: launcher("pixelwise_kl")(x, x, None, 4.0, 0, False)
 
 
+def overhaul_cases():
+    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        for channels_last in (False, True):
+            x = feature_map(2, 256, 64, 128, dtype, channels_last)
+            margin = torch.empty(256, dtype=torch.float64 if dtype == torch.float64 else torch.float32, device=META)
+            mask = torch.empty(2, 64, 128, dtype=torch.bool, device=META)
+            name = f"overhaul_loss-{str(dtype).removeprefix('torch.')}-{'NHWC' if channels_last else 'NCHW'}"
+            yield name, lambda x=x, margin=margin, mask=mask: launcher("overhaul_loss")(x, x, margin, mask, 0, True)
+    x, margin = feature_map(2, 256, 64, 128, torch.float32), torch.empty(256, device=META)
+    yield "overhaul_loss-float32-none", lambda x=x, margin=margin: launcher("overhaul_loss")(x, x, margin, None, 1, False)
+
+
 def ds_conv_cases():
     """Blocks of Fast-SCNN and of wider networks: every tile of CONFIGS, every kernel."""
     from segfast.triton import ds_conv as module
@@ -221,6 +233,7 @@ def one_cases():
     train = None, None, *vector[2:], 1e-5
     yield "ones-channel_shuffle", lambda: launcher("channel_shuffle")(one, 1)
     yield "ones-concat_shuffle", lambda: launcher("concat_shuffle")([one, one], 2)
+    yield "ones-overhaul_loss", lambda: launcher("overhaul_loss")(one, one, vector[0], None, 0, True)
     yield "ones-pixelwise_kl", lambda: launcher("pixelwise_kl")(one, one, None, 1.0, 1, True)
     for fast in (True, False):
 
@@ -242,7 +255,7 @@ def one_cases():
         yield f"ones-ds_conv_backward-{batch}", lambda backward=backward: module.ds_conv_backward(*backward)
 
 
-CASES = (shuffle_cases, pixelwise_cases, ds_conv_cases, pairwise_cases, one_cases)
+CASES = (shuffle_cases, pixelwise_cases, overhaul_cases, ds_conv_cases, pairwise_cases, one_cases)
 
 
 def launches(select: str = ""):

@@ -128,6 +128,27 @@ def pixelwise_kl(dtype: torch.dtype, device: torch.device) -> Iterator[Sample]:
 
 
 @samples
+def overhaul_loss(dtype: torch.dtype, device: torch.device) -> Iterator[Sample]:
+    def maps(*size, layout="contiguous", teacher_layout=None):
+        layouts = (layout, teacher_layout or layout)
+        student, teacher = (tensor(*size, dtype=dtype, device=device, layout=kind, seed=i) for i, kind in zip((0, 1), layouts))
+        return student, teacher, -tensor(size[1], dtype=dtype, device=device, seed=2).abs()
+
+    def mask(*size):
+        return (tensor(*size, dtype=torch.float32, device=device, seed=3) < 0.5).contiguous()
+
+    for layout in LAYOUTS:
+        yield Sample(f"2x7x5x9-{layout}", maps(2, 7, 5, 9, layout=layout))
+        yield Sample(f"2x19x3x5-mask-{layout}", maps(2, 19, 3, 5, layout=layout), {"mask": mask(2, 3, 5)})
+    yield Sample("1x9x4x6-mixed-layouts", maps(1, 9, 4, 6, teacher_layout="channels_last"), {"reduction": "sum"})
+    yield Sample("3x6x5x4-batchmean", maps(3, 6, 5, 4), {"reduction": "batchmean", "mask": mask(3, 5, 4)})
+    yield Sample("1x3x67x65", maps(1, 3, 67, 65))
+    yield Sample("1x5x3x5-all-ignored", maps(1, 5, 3, 5), {"mask": torch.zeros(1, 3, 5, dtype=torch.bool, device=device)})
+    yield Sample("0x3x2x2-sum", maps(0, 3, 2, 2), {"reduction": "sum"})
+    yield Sample("2x3x1x1", maps(2, 3, 1, 1))
+
+
+@samples
 def concat_shuffle(dtype: torch.dtype, device: torch.device) -> Iterator[Sample]:
     def parts(size, channels, layout="contiguous"):
         n, h, w = size
@@ -172,6 +193,15 @@ def pixelwise_kl_large(dtype: torch.dtype, device: torch.device) -> Iterator[Sam
         for size in ((2, 19, 128, 256), (2, 150, 64, 64)):
             pair = tuple(3 * tensor(*size, dtype=dtype, device=device, layout=layout, seed=i) for i in (0, 1))
             yield Sample(f"{'x'.join(map(str, size))}-{layout}", pair)
+
+
+@large_samples
+def overhaul_loss_large(dtype: torch.dtype, device: torch.device) -> Iterator[Sample]:
+    for layout in ("contiguous", "channels_last"):
+        for size in ((2, 64, 64, 128), (3, 130, 33, 31)):
+            maps = tuple(tensor(*size, dtype=dtype, device=device, layout=layout, seed=i) for i in (0, 1))
+            margin = -tensor(size[1], dtype=dtype, device=device, seed=2).abs()
+            yield Sample(f"{'x'.join(map(str, size))}-{layout}", (*maps, margin))
 
 
 def ds_conv_sample(

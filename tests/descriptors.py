@@ -104,6 +104,30 @@ def build_pixelwise_kl(size, temperature, target, mask, reduction, teacher_layou
     return testing.Sample("", (student, teacher), kwargs)
 
 
+@describes
+def describe_overhaul_loss(integer, choice):
+    return {
+        "size": [integer(0, 2), integer(1, 40), integer(1, 11), integer(1, 11)],
+        "mask": choice((None, "some ignored", "all ignored")),
+        "reduction": choice(("mean", "sum", "batchmean")),
+        "teacher_layout": choice((None, "contiguous", "channels_last")),
+        "rows": choice((1, 1, 1, 40)),
+    }
+
+
+@builds
+def build_overhaul_loss(size, mask, reduction, teacher_layout, rows, dtype, layout, seed):
+    n, c, h, w = size[0], size[1], rows * size[2], size[3]
+    student = make(n, c, h, w, dtype=dtype, layout=layout, seed=seed)
+    teacher = make(n, c, h, w, dtype=dtype, layout=teacher_layout or layout, seed=seed + 1)
+    margin = -make(c, dtype=dtype, layout="contiguous", seed=seed + 2).abs()
+    kwargs: dict[str, Any] = {"reduction": reduction}
+    if mask:
+        generator = torch.Generator().manual_seed(seed)
+        kwargs["mask"] = torch.rand((n, h, w), generator=generator) < (0.0 if mask == "all ignored" else 0.7)
+    return testing.Sample("", (student, teacher, margin), kwargs)
+
+
 def describe_nodes(integer, choice):
     return {
         "node_size": choice((1, 2, 3, [2, 1], [3, 4])),

@@ -26,12 +26,13 @@ SCHEMAS = {
     "channel_shuffle": ("channel_shuffle",),
     "concat_shuffle": ("concat_shuffle", "concat_shuffle_backward"),
     "pixelwise_kl": ("pixelwise_kl",),
+    "overhaul_loss": ("overhaul_loss",),
     "pairwise_loss": ("pairwise_loss", "pairwise_loss_backward"),
     "pairwise_cosine": ("pairwise_cosine", "pairwise_cosine_backward"),
     "ds_conv": ("ds_conv", "ds_conv_train", "ds_conv_backward"),
 }
 # A teacher that wants a gradient gets its reference: only the student's comes from the kernel.
-INPUTS = {"pixelwise_kl": [0]}
+INPUTS = {"pixelwise_kl": [0], "overhaul_loss": [0]}
 assert triton.knobs.runtime.interpret
 assert _backend.requested == "triton"
 library = torch.library.Library("segfast", "IMPL")

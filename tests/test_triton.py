@@ -62,7 +62,7 @@ def test_the_table_holds_every_kernel():
 
 
 # What ci compiles: each kernel once, for one GPU. All of the table with full effort.
-SUBSET = "ds_conv.*-bfloat16-64-64|pixelwise_kl-float32-19-N|pairwise_loss-float32|shuffle-float16"
+SUBSET = "ds_conv.*-bfloat16-64-64|pixelwise_kl-float32-19-N|overhaul_loss-float32-N|pairwise_loss-float32|shuffle-float16"
 
 
 @pytest.mark.skipif(triton_version() != "3.8", reason="the table is of Triton 3.8")
@@ -79,7 +79,11 @@ def test_resources_are_as_in_the_table():
 
 @pytest.mark.skipif(triton_version() != "3.8", reason="checked with Triton 3.8")
 def test_compiles_for_amd():
-    select = "" if EFFORT == "full" else "ds_conv(_train)?-bfloat16-64-64|pixelwise_kl-float32-19-NCHW|ones-pairwise_loss-tiled"
+    select = (
+        ""
+        if EFFORT == "full"
+        else "ds_conv(_train)?-bfloat16-64-64|pixelwise_kl-float32-19-NCHW|overhaul_loss-float32-N|ones-pairwise_loss-tiled"
+    )
     outcome = resources().compile_for_hip("gfx942", select)
     assert outcome
     assert set(outcome.values()) == {"compiles"}, outcome

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -51,6 +51,9 @@ class Term(nn.Module):
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         raise NotImplementedError
+
+    def prepare(self, teacher: nn.Module, loader: Iterable, progress: Callable | None) -> None:
+        """What is to be trained before the student (an auto-encoder); nothing here, and nothing where it is trained."""
 
     def extra_step(self) -> dict[str, Tensor]:
         """A step on the parameters that the term trains itself; nothing here."""
@@ -125,11 +128,8 @@ class Method:
         self.terms = nn.ModuleDict(terms)
         for term in self.terms.values():
             term.train()
-        device = next(student.parameters()).device
-        self.terms.to(device)
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            for x in (*self.terms.parameters(), *self.terms.buffers()):
-                torch.distributed.broadcast(x.data, 0)
+        self.terms.to(next(student.parameters()).device)
+        self.broadcast()
         of_student = {tap for term in terms.values() for tap in term.student_taps}
         of_teacher = {tap for term in terms.values() for tap in term.teacher_taps}
         self.student_taps = Taps(student, sorted(of_student), only_with_grad=True)
@@ -149,10 +149,10 @@ class Method:
         Args:
             images: (N, 3, H, W), as the networks take them.
             target: (N, H, W), integer labels; without them there is no task loss and no pixel is ignored.
-            student_out: what `student.forward_features(images)` gave, with gradients, instead of a run of the student here. Where a
-                term has taps in the student, this must have been its latest run.
-            teacher_out: what the teacher's `forward_features(images)` gave now or earlier (a cache; any float dtype). A term whose
-                taps in the teacher are module paths runs the teacher all the same.
+            student_out: what `student.forward_features(images)` gave, with gradients, instead of a run of the student here. Where
+                a term has taps in the student, this must have been its latest run.
+            teacher_out: what the teacher's `forward_features(images)` gave now or earlier (a cache; any float dtype). A term
+                whose taps in the teacher are module paths runs the teacher all the same.
             floats: read the terms' values, for which a GPU is waited for, once; without, they are detached tensors on the device.
 
         Raises:
@@ -195,6 +195,24 @@ class Method:
                 )
             )
         return sum(values.values()), read(values, floats)
+
+    def broadcast(self) -> None:
+        """With several processes: the first one's parts to all of them."""
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            for x in (*self.terms.parameters(), *self.terms.buffers()):
+                torch.distributed.broadcast(x.data, 0)
+
+    def prepare(self, loader: Iterable, progress: Callable[[int, dict[str, float]], None] | None = None) -> None:
+        """What a method trains before the student: the auto-encoder of "adaptation". Does nothing where that is done already.
+
+        Args:
+            loader: gives batches whose first element is images.
+            progress: called after every step with the steps done and the loss's terms.
+        """
+        for term in self.terms.values():
+            term.prepare(self.teacher, loader, progress)
+        self.teacher_taps.clear()
+        self.broadcast()
 
     def extra_step(self, floats: bool = True) -> dict[str, float]:
         """The step on what a method trains itself (the critic of "holistic"), after the student's; its losses by name."""

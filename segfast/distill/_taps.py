@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterable, Iterator, Mapping
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from segfast.models._base import Output, SegmentationModel
@@ -115,3 +118,156 @@ def batch_statistics(network: nn.Module, wanted: bool = True) -> Iterator[None]:
     finally:
         for m, training, track in kept:
             m.training, m.track_running_stats = training, track
+
+
+class Tap(NamedTuple):
+    """A place in a network where a map can be had.
+
+    stage: the key of `Output.features` that it stands for, or its path.
+    path: what `Taps` takes.
+    norm: path of the BatchNorm whose output it is or ends in; None where there is none.
+    channels: of the map.
+    stride: the image's height over the map's.
+    """
+
+    stage: str
+    path: str
+    norm: str | None
+    channels: int
+    stride: float
+
+
+class Record(NamedTuple):
+    path: str
+    module: nn.Module
+    x: Tensor  # an activation's input, any other module's output
+
+
+class Probe:
+    """One run of a network on noise, in evaluation mode and without gradients, to see which maps its modules make.
+
+    Args:
+        network: left as it was found.
+        size: height and width of the noise.
+    """
+
+    def __init__(self, network: nn.Module, size: tuple[int, int] = (128, 128)):
+        self.network, self.size = network, size
+        self.records: list[Record] = []
+        handles = [self.watch(path, module) for path, module in network.named_modules() if path]
+        modes = [(module, module.training) for module in network.modules()]
+        weight = next(network.parameters())
+        images = torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(0)).to(weight.device, weight.dtype)
+        try:
+            network.eval()
+            with torch.no_grad():
+                self.output = run(network, images)
+        finally:
+            for handle in handles:
+                handle.remove()
+            for module, training in modes:
+                module.training = training
+
+    def watch(self, path: str, module: nn.Module):
+        def before(module, args):
+            self.records.append(Record(path, module, args[0].clone()))
+
+        def after(module, args, output):
+            if isinstance(output, Tensor) and output.dim() == 4:
+                # What comes next may work in place.
+                self.records.append(Record(path, module, output.clone() if isinstance(module, BATCH_NORMS) else output))
+
+        if isinstance(module, ACTIVATIONS):
+            return module.register_forward_pre_hook(before)
+        return module.register_forward_hook(after)
+
+    def tap(self, path: str, stage: str | None = None) -> Tap:
+        """The tap of a module path or key of the features.
+
+        Raises:
+            ValueError: the network gives no map there.
+        """
+        x, norm = None, None
+        for i in reversed(range(len(self.records))):
+            if self.records[i].path == path:
+                x, norm = self.records[i].x, self.norm_before(i)
+                break
+        else:
+            x = self.output.features.get(path)
+        if x is None or x.dim() != 4:
+            name = getattr(self.network, "name", type(self.network).__name__)
+            keys = ", ".join(self.output.features) or "none"
+            raise ValueError(f"distill: want a module path of {name} with a map, or one of its features ({keys}), got {path!r}")
+        return Tap(stage or path, path, norm, x.shape[1], self.size[0] / x.shape[2])
+
+    def norm_before(self, index: int) -> str | None:
+        record = self.records[index]
+        if isinstance(record.module, BATCH_NORMS):
+            return record.path
+        earlier = [r for r in self.records[:index] if isinstance(r.module, BATCH_NORMS) and r.x.shape == record.x.shape]
+        inside = [r for r in earlier if r.path.startswith(f"{record.path}.")]
+        parent = record.path.rpartition(".")[0]
+        # A residual sum: its last BatchNorm lies beside the activation, that of the shortcut deeper or in a module of its own.
+        beside = [r for r in earlier if r.path.rpartition(".")[0] == parent] if isinstance(record.module, ACTIVATIONS) else []
+        same = [r for r in earlier if torch.equal(r.x, record.x)]
+        for found in (same, inside, beside, earlier):
+            if found:
+                return found[-1].path
+        return None
+
+    def before_activation(self, stage: str) -> Tap:
+        """The tap before the activation that made a map of the features: see `find_taps`."""
+        x = self.output.features[stage]
+        alike = [(i, r) for i, r in enumerate(self.records) if r.x.shape == x.shape]
+        activations = [(i, r) for i, r in alike if isinstance(r.module, ACTIVATIONS)]
+        norms = [(i, r) for i, r in alike if isinstance(r.module, BATCH_NORMS)]
+        with torch.no_grad():
+            for _, r in reversed(activations):
+                if torch.equal(r.module(r.x.clone()), x):
+                    return self.tap(r.path, stage)
+            for _, r in reversed(norms):
+                candidates = (r.x, r.x.relu(), r.x.clamp(0, 6), F.silu(r.x), F.hardswish(r.x))
+                if any(torch.equal(candidate, x) for candidate in candidates):
+                    return self.tap(r.path, stage)
+        made = [(i, r) for i, r in alike if not isinstance(r.module, ACTIVATIONS) and torch.equal(r.x, x)]
+        if made and x.min() < 0:
+            return self.tap(made[0][1].path, stage)
+        until = made[0][0] if made else len(self.records)
+        earlier = [r for i, r in norms if i < until]
+        if earlier and x.min() >= 0:
+            return self.tap(earlier[-1].path, stage)
+        return self.tap(stage)
+
+
+def find_taps(network: nn.Module, size: tuple[int, int] = (128, 128)) -> list[Tap]:
+    """Where a network's stages end, before their activations: "stage1", "stage2", ... and "pre_logits" of its features.
+
+    A run on noise shows which modules made each map. The tap is the input of the activation that made it; else the output of
+    the last BatchNorm before it, where a function and no module is the activation; else, where the stage ends linearly, the
+    map itself. A network that says better has an attribute `taps`: paths by stage.
+
+    Args:
+        network: a `SegmentationModel`, left as it was found.
+        size: height and width of the noise, at least the network's smallest.
+
+    Raises:
+        ValueError: the network gives no features.
+    """
+    probe = Probe(network, size)
+    stages = [key for key in probe.output.features if key == "pre_logits" or key.startswith("stage")]
+    if not stages:
+        name = getattr(network, "name", type(network).__name__)
+        raise ValueError(f"distill: want a network that gives features, or taps by module path, got {name} without either")
+    stated = getattr(network, "taps", {})
+    return [probe.tap(stated[stage], stage) if stage in stated else probe.before_activation(stage) for stage in stages]
+
+
+def pair_taps(student: list[Tap], teacher: list[Tap]) -> list[tuple[Tap, Tap]]:
+    """Every tap of the student with the teacher's of the nearest stride, the deepest of equals; "pre_logits" with its like."""
+    stages = [tap for tap in teacher if tap.stage != "pre_logits"]
+    last = [tap for tap in teacher if tap.stage == "pre_logits"]
+    pairs = []
+    for tap in student:
+        among = last if tap.stage == "pre_logits" and last else stages or last
+        pairs.append((tap, min(reversed(among), key=lambda other: abs(math.log2(other.stride / tap.stride)))))
+    return pairs

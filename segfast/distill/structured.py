@@ -1,13 +1,21 @@
 """Structured Knowledge Distillation for Semantic Segmentation (Liu et al., arXiv:1903.04197): its losses as modules."""
 
+from __future__ import annotations
+
+import contextlib
 import math
+from collections.abc import Iterator
+from itertools import pairwise
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import spectral_norm
 
 from segfast import ops
-from segfast.distill._method import Batch, Term, register_term, resize, smaller
+from segfast.distill._method import Batch, Term, average, register_term, resize, smaller
 from segfast.distill._method import valid_pixels as cells
+from segfast.distill._taps import Probe
 from segfast.ops.pairwise_cosine import pool_nodes
 from segfast.ops.pixelwise_kl import check_options, valid_pixels
 
@@ -130,6 +138,177 @@ class PixelWiseLoss(nn.Module):
         )
 
 
+class SelfAttention(nn.Module):
+    """x + gamma attention(x) over locations, gamma from 0 (Zhang et al., Self-Attention GAN, arXiv:1805.08318)."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        inner = max(1, channels // 8)
+        self.query, self.key = (spectral_norm(nn.Conv2d(channels, inner, 1)) for _ in range(2))
+        self.value = spectral_norm(nn.Conv2d(channels, channels, 1))
+        self.gamma = nn.Parameter(torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        # Products written out: the fused attention of PyTorch has no second derivative, which the gradient penalty needs.
+        query, key, value = (f(x).flatten(2) for f in (self.query, self.key, self.value))
+        weight = torch.bmm(query.transpose(1, 2), key).softmax(2)
+        return x + self.gamma * torch.bmm(value, weight.transpose(1, 2)).view_as(x)
+
+
+class Critic(nn.Module):
+    """The Wasserstein critic of holistic distillation: how much a score map looks like a teacher's, given the image.
+
+    Four 4x4 convolutions of stride 2 with spectral norm and LeakyReLU 0.1, channels doubling, self-attention after the last two,
+    and a 4x4 convolution to one number, averaged over what is left of the map. Maps of any size: where one is too small for a
+    kernel, zeros are put around it. (Liu et al., arXiv:1903.04197)
+
+    Args:
+        num_classes: of the score maps.
+        channels: of the first convolution.
+        image_channels: of the image that is the condition; 0: none, as in the released code.
+        norm: of the input. "sample" (GroupNorm, image and scores each as one group): independent of the other images of a batch,
+            which the gradient penalty, defined for one image, takes for granted. "batch": BatchNorm, as in the released code.
+
+    Raises:
+        ValueError: an unknown norm.
+    """
+
+    def __init__(self, num_classes: int, channels: int = 64, image_channels: int = 3, norm: str = "sample"):
+        super().__init__()
+        if norm not in ("sample", "batch"):
+            raise ValueError(f'Critic: want norm "sample" or "batch", got {norm!r}')
+        kind = nn.BatchNorm2d if norm == "batch" else lambda number: nn.GroupNorm(1, number)
+        self.score_norm = kind(num_classes)
+        self.image_norm = kind(image_channels) if image_channels else None
+        widths = (num_classes + image_channels, *(channels * 2**i for i in range(4)))
+        self.convs = nn.ModuleList(spectral_norm(nn.Conv2d(a, b, 4, 2, 1)) for a, b in pairwise(widths))
+        self.attentions = nn.ModuleList((SelfAttention(widths[3]), SelfAttention(widths[4])))
+        self.last = nn.Conv2d(widths[4], 1, 4)
+
+    def forward(self, scores: Tensor, images: Tensor | None = None) -> Tensor:
+        """(N,) for score maps (N, num_classes, h, w) and images (N, image_channels, H, W), which are brought to h x w."""
+        x = self.score_norm(scores)
+        if self.image_norm is not None:
+            x = torch.cat((self.image_norm(resize(images, scores.shape[2:])), x), 1)
+        for i, conv in enumerate(self.convs):
+            x = F.leaky_relu(conv(at_least(x, 2)), 0.1)
+            if i >= 2:
+                x = self.attentions[i - 2](x)
+        return self.last(at_least(x, 4)).mean((1, 2, 3))
+
+
+def at_least(x: Tensor, size: int) -> Tensor:
+    missing = [max(0, size - side) for side in (x.shape[3], x.shape[2])]
+    if not any(missing):
+        return x
+    return F.pad(x, [part for total in missing for part in (total // 2, total - total // 2)])
+
+
+def gradient_penalty(
+    critic: nn.Module, real: Tensor, fake: Tensor, images: Tensor | None = None, *, mix: Tensor | None = None, eps: float = 1e-12
+) -> Tensor:
+    """How far the critic is from slope 1 between teacher and student: the mean over images of (|grad| - 1)^2.
+
+    grad = d critic(x) / dx at x = mix real + (1 - mix) fake,  |grad| = sqrt(sum grad^2 + eps)
+    (Gulrajani et al., Improved Training of Wasserstein GANs, arXiv:1704.00028, eq. 3; without eps a slope of 0 makes it NaN)
+
+    Args:
+        real, fake: (N, C, h, w) score maps of teacher and student; no gradient goes to them.
+        mix: (N,), in [0, 1]; None: drawn evenly.
+        eps: inside the root.
+    """
+    mix = torch.rand(real.shape[0], device=real.device, dtype=real.dtype) if mix is None else mix
+    mix = mix.view(-1, 1, 1, 1)
+    x = (mix * real.detach() + (1 - mix) * fake.detach()).requires_grad_()
+    (grad,) = torch.autograd.grad(critic(x, images).sum(), x, create_graph=True)
+    return ((grad.square().sum((1, 2, 3)) + eps).sqrt() - 1).square().mean()
+
+
+class Holistic(Term):
+    """The term "holistic" of a method: -weight mean critic(student's scores, image), and the critic's own training.
+
+    The critic's step (`extra_step`, after the student's) minimises
+    mean critic(student's) - mean critic(teacher's) + penalty * gradient_penalty
+    on the latest batch. Score maps are logits at the student's size, 0 at ignored pixels. All of it is float32.
+
+    Args:
+        critic: trained here; frozen for everybody else.
+        weight: of the student's term; the paper's 0.1.
+        penalty: of the gradient penalty; 10.
+        lr: of the critic's optimiser; 4e-4.
+        momentum, weight_decay: of SGD, the released code's 0.9 and 1e-4.
+        optimizer: "sgd" or "adam" (with betas 0 and 0.9).
+        steps: of the critic for one of the student.
+        ignore_index: None: ignored pixels count.
+    """
+
+    def __init__(
+        self,
+        critic: Critic,
+        *,
+        weight: float = 0.1,
+        penalty: float = 10.0,
+        lr: float = 4e-4,
+        momentum: float = 0.9,
+        weight_decay: float = 1e-4,
+        optimizer: str = "sgd",
+        steps: int = 1,
+        ignore_index: int | None = 255,
+    ):
+        super().__init__()
+        if optimizer not in ("sgd", "adam"):
+            raise ValueError(f'holistic: want optimizer "sgd" or "adam", got {optimizer!r}')
+        self.critic = critic.requires_grad_(False)
+        self.weight, self.penalty, self.steps, self.ignore_index = weight, penalty, steps, ignore_index
+        if optimizer == "sgd":
+            self.optimizer = torch.optim.SGD(critic.parameters(), lr=lr, momentum=momentum, weight_decay=weight_decay)
+        else:
+            self.optimizer = torch.optim.Adam(critic.parameters(), lr=lr, betas=(0.0, 0.9), weight_decay=weight_decay)
+        self.latest: tuple[Tensor, Tensor, Tensor] | None = None
+
+    def optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        return {"critic": self.optimizer}
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        fake = batch.student.logits.float()
+        real = resize(batch.teacher.logits.float(), fake.shape[2:])
+        images = batch.images.float()
+        mask = None if self.ignore_index is None else cells(batch.target, fake.shape[2:], self.ignore_index)
+        if mask is not None:
+            fake, real = (torch.where(mask.unsqueeze(1), x, 0) for x in (fake, real))
+        self.latest = real.detach(), fake.detach(), images
+        with torch.autocast(fake.device.type, enabled=False):
+            return {"holistic": -self.weight * self.critic(fake, images).mean()}
+
+    def extra_step(self) -> dict[str, Tensor]:
+        if self.latest is None:
+            return {}
+        real, fake, images = self.latest
+        parameters = list(self.critic.parameters())
+        values: dict[str, Tensor] = {}
+        with unfrozen(self.critic), torch.enable_grad(), torch.autocast(fake.device.type, enabled=False):
+            for _ in range(self.steps):
+                distance = self.critic(fake, images).mean() - self.critic(real, images).mean()
+                penalty = self.penalty * gradient_penalty(self.critic, real, fake, images)
+                self.optimizer.zero_grad(set_to_none=True)
+                (distance + penalty).backward()
+                average([p for p in parameters if p.grad is not None])
+                self.optimizer.step()
+                values = {"critic": distance.detach(), "gradient penalty": penalty.detach()}
+            self.optimizer.zero_grad(set_to_none=True)
+        self.latest = None
+        return values
+
+
+@contextlib.contextmanager
+def unfrozen(module: nn.Module) -> Iterator[None]:
+    module.requires_grad_(True)
+    try:
+        yield
+    finally:
+        module.requires_grad_(False)
+
+
 class PixelWise(Term):
     """The term "pixel-wise" of a method: `PixelWiseLoss` of the logits, the teacher's at the student's size.
 
@@ -196,3 +375,28 @@ def pair_wise(
     weight = weight if weight is not None else 0.5 if preset == "official" else 10.0
     options = {"node_size": node_size, "pool": pool, "grid": grid, "eps": eps, "scale": scale}
     return PairWise(weight=weight, taps=taps, preset=preset, ignore_index=ignore_index, **options)
+
+
+@register_term("holistic", "structured")
+def holistic(
+    student, teacher, preset, ignore_index, weight: float = 0.1, penalty: float = 10.0, lr: float = 4e-4, momentum: float = 0.9,
+    weight_decay: float = 1e-4, optimizer: str = "sgd", steps: int = 1, channels: int = 64, num_classes: int | None = None,
+) -> Term:  # fmt: skip
+    """The holistic term of Structured Knowledge Distillation; `num_classes` None: probed.
+
+    preset="official": a critic of the scores alone, with BatchNorm, as in the released code, and ignored pixels count.
+    """
+    official = preset == "official"
+    number = num_classes or Probe(student).output.logits.shape[1]
+    critic = Critic(number, channels, 0 if official else 3, "batch" if official else "sample")
+    return Holistic(
+        critic,
+        weight=weight,
+        penalty=penalty,
+        lr=lr,
+        momentum=momentum,
+        weight_decay=weight_decay,
+        optimizer=optimizer,
+        steps=steps,
+        ignore_index=None if official else ignore_index,
+    )
