@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import typer
 
+from segfast.cli import data
 from segfast.cli.bench import bench
 from segfast.cli.demo import demo
+from segfast.cli.evaluate import evaluate, predict
 from segfast.cli.info import info
 from segfast.cli.models import models
+from segfast.cli.train import distill, train
 
 app = typer.Typer(
     help="Compact, real-time semantic segmentation in PyTorch.",
@@ -19,6 +22,11 @@ app.command()(info)
 app.command()(demo)
 app.command()(models)
 app.command()(bench)
+app.command()(train)
+app.command()(distill)
+app.command("eval")(evaluate)
+app.command()(predict)
+app.add_typer(data.app, name="data")
 
 
 @app.callback(invoke_without_command=True)

@@ -17,11 +17,11 @@ def read_image(path: str | Path) -> Tensor:
 
 
 def read_labels(path: str | Path) -> Tensor:
-    """(H, W) int64, the bytes (or palette indices) of the file."""
+    """(H, W) int64, the bytes (or pairs of bytes, or palette indices) of the file."""
     with Image.open(path) as image:
-        if image.mode not in ("L", "P"):
-            raise ValueError(f"read_labels: want one byte a pixel, got mode {image.mode} in {path}")
-        return torch.from_numpy(np.array(image)).long()
+        if image.mode not in ("L", "P", "I;16"):
+            raise ValueError(f"read_labels: want two bytes or one byte a pixel, got mode {image.mode} in {path}")
+        return torch.from_numpy(np.array(image).astype(np.int64))
 
 
 def colour(labels: Tensor, palette) -> Tensor:

@@ -39,6 +39,10 @@ class SyntheticStreets(Dataset):
     def __len__(self) -> int:
         return self.length
 
+    def describe(self, index: int) -> str:
+        """What error messages call an item."""
+        return f"scene {index} of seed {self.seed}, {self.size[0]} x {self.size[1]}"
+
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         if not -self.length <= index < self.length:
             raise IndexError(f"SyntheticStreets: want an index below {self.length}, got {index}")

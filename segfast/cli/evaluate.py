@@ -1,0 +1,118 @@
+"""`segfast eval` and `segfast predict`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from segfast.cli.options import Reporter, explained, merged
+from segfast.engine import checkpoint
+from segfast.engine.assess import assess, plots
+from segfast.engine.evaluate import Inference
+from segfast.engine.predict import predict as predict_files
+from segfast.engine.run import Network, load_network, make_dataset, preprocess
+
+Weights = Annotated[Path, typer.Argument(help="A run folder, or a .safetensors file that segfast wrote.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
+Scale = Annotated[list[float] | None, typer.Option("--scale", help="Test-time size; give several to average over them.")]
+Flip = Annotated[bool, typer.Option(help="Average over the image and its mirror image.")]
+Window = Annotated[tuple[int, int] | None, typer.Option(help="H W of a sliding window.")]
+Overlap = Annotated[float, typer.Option(min=0, max=0.95, help="Share of a window that lies in the next one.")]
+CODES = "Exit codes: 0 done, 2 wrong arguments, data or files, 130 Ctrl-C."
+
+
+def build(weights: Path, device: str, scale: list[float] | None, flip: bool, window: tuple[int, int] | None, overlap: float):
+    """(images in [0, 1] to probabilities, what the weights say of their network, device)."""
+    model, network = load_network(weights)
+    place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    model = model.to(place, memory_format=torch.channels_last)
+    prepare, infer = preprocess(model), Inference(model, scale or [1.0], flip, window, overlap)
+
+    def run(images):
+        return infer(prepare(images.to(place)).contiguous(memory_format=torch.channels_last))
+
+    return run, network, place
+
+
+def evaluate(
+    weights: Weights,
+    config: Annotated[Path | None, typer.Option(help="YAML file that names the data; default: the run folder's.")] = None,
+    data: Annotated[str | None, typer.Option(help="Dataset, instead of the config's.")] = None,
+    root: Annotated[str | None, typer.Option(help="Its folder.")] = None,
+    split: Annotated[str | None, typer.Option(help="Its split; default: the config's val_split.")] = None,
+    label_map: Annotated[str | None, typer.Option(help="Labels of the files to classes, as in segfast train.")] = None,
+    scale: Scale = None,
+    flip: Flip = False,
+    window: Window = None,
+    overlap: Overlap = 1 / 3,
+    device: Device = "auto",
+    workers: Annotated[int, typer.Option(min=0, help="Processes that read images.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="JSON file for the scores.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Folder for confusion.png and class_iou.png (needs matplotlib).")] = None,
+    save_predictions: Annotated[Path | None, typer.Option(help="Folder for a label map an image.")] = None,
+) -> None:
+    """Score a trained network: mean IoU, IoU a class, pixel accuracy, boundary F-score."""
+    with explained("eval"):
+        if config is None and weights.is_dir() and (weights / "config.yaml").is_file():
+            config = weights / "config.yaml"
+        given = {"data": data, "root": root, "label_map": label_map, "val_split": split}
+        settings = merged(config, {name: value for name, value in given.items() if value is not None})
+        dataset = make_dataset(settings, settings.val_split)
+        model, network, place = build(weights, device, scale, flip, window, overlap)
+        if network.num_classes != len(dataset.classes):
+            raise ValueError(
+                f"{weights}: want a network of the dataset's {len(dataset.classes)} classes, got {network.num_classes}"
+            )
+        with Reporter() as reporter:
+            scores, matrix = assess(
+                model, dataset, dataset.classes, place, workers, save_predictions,
+                lambda done, of: reporter.progress("evaluate", done, of, {}),
+            )  # fmt: skip
+        table = Table("class", "IoU", title=f"{weights}, {len(dataset)} images", title_justify="left")
+        for name, value in scores["class_iou"].items():
+            table.add_row(name, "–" if value is None else f"{value:.4f}")
+        for name in ("miou", "pixel_accuracy", "boundary_f_score"):
+            value = scores[name]
+            table.add_row(f"[bold]{name.replace('_', ' ')}", "–" if value is None else f"[bold]{value:.4f}")
+        Console().print(table)
+        written = [checkpoint.write(out, json.dumps(scores, indent=1) + "\n")] if out else []
+        written += plots(matrix, dataset.classes, plot) if plot else []
+        for path in written:
+            reporter.say(f"wrote {path}")
+
+
+def predict(
+    weights: Weights,
+    source: Annotated[Path, typer.Argument(help="An image, a folder of images, or a video (needs PyAV or OpenCV).")],
+    out: Annotated[Path, typer.Option(help="Folder for label maps, coloured maps, overlays and legend.png.")] = Path(
+        "predictions"
+    ),
+    opacity: Annotated[float, typer.Option(min=0, max=1, help="Of the classes over the image.")] = 0.5,
+    scale: Scale = None,
+    flip: Flip = False,
+    window: Window = None,
+    overlap: Overlap = 1 / 3,
+    device: Device = "auto",
+) -> None:
+    """Predict an image, a folder of images or a video with a trained network."""
+    with explained("predict"):
+        model, network, _ = build(weights, device, scale, flip, window, overlap)
+        with Reporter() as reporter:
+            written = predict_files(
+                model, source, out, *names(network), opacity, lambda done, of: reporter.progress("predict", done, of, {})
+            )
+            reporter.say(f"wrote {len(written)} files to {out}")
+
+
+def names(network: Network) -> tuple:
+    return network.classes, network.palette
+
+
+evaluate.__doc__ += f"\n\nExample: segfast eval student --scale 0.75 --scale 1 --flip --plot plots\n\n{CODES}\n"
+predict.__doc__ += f"\n\nExample: segfast predict student frame.jpg --out predictions\n\n{CODES}\n"

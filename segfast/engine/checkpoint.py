@@ -1,0 +1,138 @@
+"""Files that are whole or not there: weights and training state as safetensors, without pickle anywhere."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+
+def write(path: str | Path, content: bytes | str) -> Path:
+    """Write a file under a temporary name, flush it to the disk, and rename it: `path` holds the old content or the new.
+
+    Raises:
+        OSError: naming `path`; the disk is full, for instance. The old content is still there.
+    """
+    path = Path(path)
+    content = content.encode() if isinstance(content, str) else content
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # the rename too outlives a power cut
+        finally:
+            os.close(folder)
+    except BaseException as error:
+        if temporary:
+            Path(temporary).unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise OSError(error.errno, f"cannot write {path}: {error.strerror or error}") from error
+        raise
+    return path
+
+
+def save(path: str | Path, tensors: Mapping[str, Tensor], about: Mapping) -> Path:
+    """Tensors and what JSON can hold, in one safetensors file; see `write`."""
+    # safetensors refuses tensors that share memory, and those of other layouts.
+    tensors = {name: x.detach().to("cpu").contiguous().clone() for name, x in tensors.items()}
+    return write(path, safetensors.torch.save(tensors, {"segfast": json.dumps(about)}))
+
+
+def load(path: str | Path) -> tuple[dict[str, Tensor], dict]:
+    """What `save` wrote: tensors on the CPU, and the rest.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: naming the file: a pickle (which could run code when it is opened), truncated, or no safetensors file.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"want the file {path}, got none")
+    try:
+        with safe_open(path, "pt") as file:
+            about = json.loads((file.metadata() or {}).get("segfast", "{}"))
+            return {name: file.get_tensor(name) for name in file.keys()}, about  # noqa: SIM118
+    except (SafetensorError, json.JSONDecodeError) as error:
+        with open(path, "rb") as file:
+            start = file.read(2)
+        if zipfile.is_zipfile(path) or start[:1] == b"\x80" or start == b"PK":
+            raise ValueError(
+                f"{path} is a pickle (torch.save), which can run code when it is opened: want safetensors. "
+                "segfast.load_official reads the authors' files"
+            ) from error
+        raise ValueError(f"{path} is no whole safetensors file, it may be truncated: {error}") from error
+
+
+def pack(value, tensors: dict[str, Tensor], name: str):
+    """A state of nested dicts, lists, tensors and numbers as JSON, its tensors moved into `tensors`; `unpack` undoes it."""
+    if isinstance(value, Tensor):
+        tensors[name] = value
+        return {"tensor": name}
+    if isinstance(value, Mapping):
+        return {"dict": [[key, pack(v, tensors, f"{name}.{key}")] for key, v in value.items()]}
+    if isinstance(value, (list, tuple)):
+        return {type(value).__name__: [pack(v, tensors, f"{name}.{i}") for i, v in enumerate(value)]}
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return {"value": value}
+    raise TypeError(f"pack: want tensors, dicts, lists, numbers and strings, got {type(value).__name__} at {name}")
+
+
+def unpack(packed, tensors: Mapping[str, Tensor]):
+    """The state that `pack` took apart."""
+    ((kind, value),) = packed.items()
+    if kind == "tensor":
+        return tensors[value]
+    if kind == "dict":
+        return {key: unpack(v, tensors) for key, v in value}
+    if kind in ("list", "tuple"):
+        return (list if kind == "list" else tuple)(unpack(v, tensors) for v in value)
+    return value
+
+
+def save_state(path: str | Path, state: Mapping) -> Path:
+    """A nested state of tensors, dicts, lists and numbers, in one file; see `write`."""
+    tensors: dict[str, Tensor] = {}
+    structure = pack(dict(state), tensors, "state")
+    return save(path, tensors, {"structure": structure})
+
+
+def load_state(path: str | Path) -> dict:
+    """What `save_state` wrote; raises as `load`, and ValueError for another safetensors file."""
+    tensors, about = load(path)
+    if "structure" not in about:
+        raise ValueError(f"{path} holds weights, want a training state")
+    return unpack(about["structure"], tensors)
+
+
+def load_weights(model: torch.nn.Module, path: str | Path) -> None:
+    """Load weights that `save` wrote into a network of the same shape.
+
+    Raises:
+        ValueError: naming the file and what does not fit; the network is unchanged then.
+    """
+    tensors, _ = load(path)
+    own = model.state_dict()
+    missing, surplus = [k for k in own if k not in tensors], [k for k in tensors if k not in own]
+    other = [k for k in own if k in tensors and own[k].shape != tensors[k].shape]
+    if missing or surplus or other:
+        raise ValueError(
+            f"{path} does not fit the network: {len(missing)} missing {missing[:3]}, {len(surplus)} surplus {surplus[:3]}, "
+            f"{len(other)} of another shape {other[:3]}"
+        )
+    model.load_state_dict(tensors)

@@ -1,0 +1,181 @@
+"""Predictions for images, folders of images and videos."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from segfast.data.images import colour, read_image
+from segfast.data.pairs import IMAGES, files, read
+from segfast.engine import checkpoint
+from segfast.engine.assess import label_png
+from segfast.engine.panels import legend, overlay, png
+
+VIDEOS = (".mp4", ".avi", ".mkv", ".mov", ".webm", ".m4v")
+
+
+def predict(
+    model: Callable[[Tensor], Tensor],
+    source: Path,
+    folder: Path,
+    classes: Sequence[str],
+    palette,
+    opacity: float = 0.5,
+    progress: Callable[[int, int], None] = lambda *_: None,
+) -> list[Path]:
+    """Predict one image, every image of a folder, or a video.
+
+    Args:
+        model: images in [0, 1] (N, 3, H, W) to logits or probabilities of their size.
+        source: an image, a folder, or a video.
+        folder: gets, for an image, <stem>.png (the class a byte), <stem>_colour.png and <stem>_overlay.png; for a video
+            <stem>_overlay.mp4; and legend.png.
+        classes, palette: names and RGB triples.
+        opacity: of the overlay, 0 to 1.
+        progress: called with the images or frames done and their number (0: not known).
+
+    Returns:
+        The paths written.
+
+    Raises:
+        FileNotFoundError: no such source, or a folder without images.
+        ValueError: a file that cannot be read; the message names it.
+        ImportError: a video, and neither PyAV nor OpenCV.
+    """
+    if source.is_dir():
+        images = sorted(files(source))
+        if not images:
+            raise FileNotFoundError(f"predict: want images ({', '.join(IMAGES)}) in {source}, got none")
+    elif source.is_file():
+        images = [source]
+    else:
+        raise FileNotFoundError(f"predict: want an image, a folder or a video, got no {source}")
+    written = [checkpoint.write(folder / "legend.png", legend(classes, palette))]
+    if source.suffix.lower() in VIDEOS and not source.is_dir():
+        return [*written, video(model, source, folder / f"{source.stem}_overlay.mp4", palette, opacity, progress)]
+    for done, path in enumerate(images, 1):
+        image = read(read_image, path)
+        labels = classify(model, image)
+        for ending, content in (
+            ("", label_png(labels)),
+            ("_colour", png(colour(labels, palette))),
+            ("_overlay", png(overlay(image, labels, palette, opacity))),
+        ):
+            written.append(checkpoint.write(folder / f"{path.stem}{ending}.png", content))
+        progress(done, len(images))
+    return written
+
+
+@torch.no_grad()
+def classify(model: Callable[[Tensor], Tensor], image: Tensor) -> Tensor:
+    return model(image[None])[0].argmax(0).cpu()
+
+
+def video(model, source: Path, target: Path, palette, opacity: float, progress) -> Path:
+    frames, rate, total = open_video(source)
+    temporary = target.with_name(f".{target.name}")
+    writer = None
+    try:
+        for done, frame in enumerate(frames, 1):
+            image = torch.from_numpy(frame).permute(2, 0, 1).float() / 255
+            picture = overlay(image, classify(model, image), palette, opacity).numpy()
+            # Encoders want even sides.
+            picture = picture[: picture.shape[0] // 2 * 2, : picture.shape[1] // 2 * 2]
+            writer = writer or VideoWriter(temporary, rate, picture.shape[:2])
+            writer.write(picture)
+            progress(done, max(total, done) if total else 0)
+        if writer is None:
+            raise ValueError(f"cannot read {source}: no frame in it")
+        writer.close()
+        writer = None
+        temporary.replace(target)
+    finally:
+        if writer:
+            writer.close()
+        temporary.unlink(missing_ok=True)
+    return target
+
+
+def open_video(path: Path) -> tuple[Iterator[np.ndarray], float, int]:
+    """(frames as (H, W, 3) uint8 RGB, frames a second, their number or 0)."""
+    try:
+        import av
+    except ImportError:
+        return open_with_opencv(path)
+    try:
+        container = av.open(str(path))
+        stream = container.streams.video[0]
+    except (av.error.FFmpegError, IndexError) as error:
+        raise ValueError(f"cannot read {path}: {error}") from error
+
+    def frames():
+        with closing(container):
+            try:
+                for frame in container.decode(stream):
+                    yield frame.to_ndarray(format="rgb24")
+            except av.error.FFmpegError as error:
+                raise ValueError(f"cannot read {path}: {error}") from error
+
+    return frames(), float(stream.average_rate or 25), stream.frames
+
+
+def open_with_opencv(path: Path) -> tuple[Iterator[np.ndarray], float, int]:
+    try:
+        import cv2
+    except ImportError as error:
+        raise ImportError(f"predict: want PyAV or OpenCV for the video {path}: pip install 'segfast[video]'") from error
+    capture = cv2.VideoCapture(str(path))
+    if not capture.isOpened():
+        raise ValueError(f"cannot read {path}: OpenCV opens no video there")
+
+    def frames():
+        try:
+            while True:
+                good, frame = capture.read()
+                if not good:
+                    return
+                yield np.ascontiguousarray(frame[..., ::-1])
+        finally:
+            capture.release()
+
+    return frames(), capture.get(cv2.CAP_PROP_FPS) or 25.0, max(0, int(capture.get(cv2.CAP_PROP_FRAME_COUNT)))
+
+
+class VideoWriter:
+    """An mp4 file, frame by frame, by PyAV or OpenCV."""
+
+    def __init__(self, path: Path, rate: float, size: tuple[int, int]):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.container = self.writer = None
+        try:
+            import av
+        except ImportError:
+            import cv2
+
+            self.writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"mp4v"), rate, (size[1], size[0]))
+            return
+        from fractions import Fraction
+
+        self.container = av.open(str(path), "w", format="mp4")
+        self.stream = self.container.add_stream("mpeg4", rate=Fraction(rate).limit_denominator(1001))
+        self.stream.height, self.stream.width, self.stream.pix_fmt = *size, "yuv420p"
+        self.frame = av.VideoFrame
+
+    def write(self, picture: np.ndarray) -> None:
+        if self.writer is not None:
+            self.writer.write(np.ascontiguousarray(picture[..., ::-1]))
+        else:
+            frame = self.frame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
+            self.container.mux(self.stream.encode(frame))
+
+    def close(self) -> None:
+        if self.writer is not None:
+            self.writer.release()
+        elif self.container is not None:
+            self.container.mux(self.stream.encode(None))
+            self.container.close()

@@ -1,0 +1,468 @@
+"""The run folder: what it holds, and that a run which was stopped goes on as if it had not been."""
+
+import json
+import math
+import os
+import pickle
+import random
+import resource
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import count
+from torch import nn
+
+from segfast.engine import Average, Config, LabelLoss, Stopped, checkpoint, fit, load_network
+from segfast.engine import config as configs
+from segfast.models import Output
+
+TINY = {
+    "model_options": {"width": 0.25}, "images": 6, "val_images": 2, "size": (32, 64), "crop": (32, 64), "batch": 2, "steps": 6,
+    "log_every": 1, "save_every": 2, "examples": 1, "device": "cpu",
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def one_thread(restore):
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("teacher")
+    fit(Config(**{**TINY, "steps": 2, "examples": 0, "seed": 5}), folder)
+    return folder
+
+
+def lines(folder: Path) -> list[dict]:
+    """metrics.jsonl without the times."""
+    entries = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in entry.items() if "seconds" not in name} for entry in entries]
+
+
+def same_runs(one: Path, other: Path) -> None:
+    assert lines(one) == lines(other)
+    for name in ("last.safetensors", "best.safetensors"):
+        assert (one / name).read_bytes() == (other / name).read_bytes()
+
+
+class Killed(BaseException):
+    pass
+
+
+def kill_at(step: int):
+    def progress(stage, done, of, values):
+        if stage == "train" and done == step:
+            raise Killed
+
+    return progress
+
+
+def test_run_folder(tmp_path):
+    said, seen = [], []
+    result = fit(Config(**{**TINY, "eval_every": 3}), tmp_path / "run", said.append, lambda *now: seen.append(now))
+    folder = tmp_path / "run"
+    names = {path.name for path in folder.iterdir()} - {"events"}
+    assert names == {
+        *("config.yaml", "environment.json", "metrics.jsonl", "examples", "result.json"),
+        *("last.safetensors", "best.safetensors", "state.safetensors"),
+    }
+    assert sorted(path.name for path in (folder / "examples").iterdir()) == ["step_000003.png", "step_000006.png"]
+    steps = [entry["step"] for entry in lines(folder) if "loss" in entry]
+    assert steps == [1, 2, 3, 4, 5, 6]
+    scores = [entry for entry in lines(folder) if "miou" in entry]
+    assert [entry["step"] for entry in scores] == [3, 6]
+    assert result["best_miou"] == max(entry["miou"] for entry in scores)
+    assert result["miou"] == scores[-1]["miou"]
+    assert len(said) == 2
+    assert [now[1] for now in seen if now[0] == "train"] == steps
+    assert configs.load(folder / "config.yaml") == Config(**{**TINY, "eval_every": 3})
+    assert "torch" in json.loads((folder / "environment.json").read_text())
+    model, network = load_network(folder)
+    assert not model.training
+    assert network.classes[0] == "road"
+    assert fit(Config(**{**TINY, "eval_every": 3}), folder) == result
+    with pytest.raises(ValueError, match=r"another config \(steps: 6 -> 7"):
+        fit(Config(**{**TINY, "eval_every": 3, "steps": 7}), folder)
+
+
+VARIANTS = {
+    "adamw, average, several batches a step": {
+        "ema": 0.9, "accumulate": 2, "clip": 1.0, "warmup": 2, "colour": 0.2, "eval_every": 4, "label_smoothing": 0.1
+    },
+    "sgd, bfloat16, hard pixels": {"optimizer": "sgd", "precision": "bf16", "ohem": 0.7, "class_weights": "balanced"},
+    "distillation": {"method": "structured"},
+    "distillation from the cache": {"method": "pixel-wise", "cache": True, "workers": 1},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_resume_is_exact(tmp_path, teacher, name):
+    options = {**TINY, **VARIANTS[name]}
+    if "method" in options:
+        options["teacher"] = str(teacher)
+    if options.pop("cache", False):
+        options["cache"] = str(tmp_path / "cache")
+    fit(Config(**options), tmp_path / "whole")
+    for step in (1, 5):  # before the first save, and after it
+        with pytest.raises(Killed):
+            fit(Config(**options), tmp_path / "killed", progress=kill_at(step))
+    torch.manual_seed(99)  # whatever the process did before must not matter
+    fit(Config(**options), tmp_path / "killed")
+    same_runs(tmp_path / "whole", tmp_path / "killed")
+
+
+DRIVER = textwrap.dedent(
+    """
+    import json, os, signal, sys, time
+    from pathlib import Path
+    import torch
+    from segfast.engine import Config, checkpoint, fit
+
+    torch.set_num_threads(1)
+    options, folder, moments = json.loads(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3])
+    config = Config(**options)
+
+    def start(path):
+        child = os.fork()
+        if child == 0:
+            try:
+                fit(config, path)
+                os._exit(0)
+            except BaseException as error:
+                print(repr(error), file=sys.stderr, flush=True)
+                os._exit(1)
+        return child
+
+    assert os.waitpid(start(folder / "whole"), 0)[1] == 0
+    killed, metrics = 0, folder / "killed" / "metrics.jsonl"
+    for step, delay in moments:
+        child = start(folder / "killed")
+        while not (metrics.is_file() and metrics.read_text().count("loss") >= step):
+            if os.waitpid(child, os.WNOHANG)[0]:
+                break
+            time.sleep(0.001)
+        else:
+            time.sleep(delay)
+            os.kill(child, signal.SIGKILL)
+            killed += os.WIFSIGNALED(os.waitpid(child, 0)[1])
+        for path in (folder / "killed").glob("*.safetensors"):
+            checkpoint.load(path)  # whole at every moment
+    assert os.waitpid(start(folder / "killed"), 0)[1] == 0
+    print(killed)
+    """
+)
+
+
+def test_kill_9(tmp_path):
+    kills, steps = count(3, 20), count(8, 40)
+    draw = random.Random(0)
+    moments = sorted((draw.randint(0, steps - 1), draw.uniform(0, 0.05)) for _ in range(kills))
+    options = {**TINY, "steps": steps, "ema": 0.9, "eval_every": steps // 2, "save_every": 3}
+    command = [sys.executable, "-c", DRIVER, json.dumps(options), str(tmp_path), json.dumps(moments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) >= kills // 2
+    same_runs(tmp_path / "whole", tmp_path / "killed")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_save_and_stop(tmp_path, number):
+    def progress(stage, done, of, values):
+        if stage == "train" and done == 3:
+            os.kill(os.getpid(), number)
+
+    before = signal.getsignal(number)
+    with pytest.raises(Stopped) as stop:
+        fit(Config(**{**TINY, "save_every": 100}), tmp_path, progress=progress)
+    assert (stop.value.signal, stop.value.step) == (number, 3)
+    assert signal.getsignal(number) == before
+    assert checkpoint.load_state(tmp_path / "state.safetensors")["step"] == 3
+
+
+def test_signal_while_evaluating(tmp_path):
+    def progress(stage, done, of, values):
+        if stage == "evaluate" and done == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Stopped):
+        fit(Config(**TINY), tmp_path / "run", progress=progress)
+    assert not (tmp_path / "run" / "result.json").exists()
+    fit(Config(**TINY), tmp_path / "run")
+    fit(Config(**TINY), tmp_path / "whole")
+    same_runs(tmp_path / "run", tmp_path / "whole")
+
+
+def test_a_loss_that_is_not_finite_names_the_files(tmp_path):
+    with pytest.raises(FloatingPointError, match=r"the batch: scene \d of seed 0, 32 x 64, scene \d.*last saved state") as error:
+        fit(Config(**{**TINY, "optimizer": "sgd", "learning_rate": 1e30, "save_every": 1}), tmp_path)
+    assert "after step 1:" not in str(error.value)
+    state = checkpoint.load_state(tmp_path / "state.safetensors")
+    assert f"after step {state['step'] + 1}:" in str(error.value)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "pickle", "weights", "zeros"])
+def test_damaged_state_is_named_and_left_alone(tmp_path, damage):
+    with pytest.raises(Killed):
+        fit(Config(**TINY), tmp_path, progress=kill_at(3))
+    path = tmp_path / "state.safetensors"
+    if damage == "truncated":
+        path.write_bytes(path.read_bytes()[:-100])
+    elif damage == "pickle":
+        torch.save({"x": torch.ones(2)}, path)
+    elif damage == "zeros":
+        path.write_bytes(bytes(100))
+    else:
+        path.write_bytes((tmp_path / "last.safetensors").read_bytes())
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match=r"state\.safetensors"):
+        fit(Config(**TINY), tmp_path)
+    assert path.read_bytes() == before
+
+
+class Evil:
+    def __reduce__(self):
+        return os.mkdir, ("/tmp/segfast-was-here",)
+
+
+def test_pickles_are_refused_unopened(tmp_path):
+    (tmp_path / "old").write_bytes(pickle.dumps(Evil()))
+    torch.save({"w": torch.ones(1)}, tmp_path / "new")
+    for name in ("old", "new"):
+        with pytest.raises(ValueError, match="is a pickle"):
+            checkpoint.load(tmp_path / name)
+    assert not os.path.exists("/tmp/segfast-was-here")
+    with pytest.raises(FileNotFoundError, match="absent"):
+        checkpoint.load(tmp_path / "absent")
+
+
+def test_weights_that_do_not_fit(tmp_path):
+    checkpoint.save(tmp_path / "w", {"weight": torch.ones(2, 2), "more": torch.ones(1)}, {})
+    layer = nn.Linear(2, 3)
+    before = layer.weight.clone()
+    with pytest.raises(ValueError, match=r"w does not fit.*1 missing \['bias'\], 1 surplus \['more'\], 1 of another shape"):
+        checkpoint.load_weights(layer, tmp_path / "w")
+    assert torch.equal(layer.weight, before)
+    with pytest.raises(ValueError, match="does not say what network"):
+        load_network(tmp_path / "w")
+    with pytest.raises(FileNotFoundError, match=r"want best\.safetensors"):
+        load_network(tmp_path)
+
+
+def test_full_disk_keeps_the_old_file(tmp_path):
+    path = checkpoint.write(tmp_path / "file", b"old")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        # A file may not grow beyond this: the system's own error, in the middle of writing.
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+        with pytest.raises(OSError, match=r"cannot write .*file: "):
+            checkpoint.write(path, bytes(5000))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, before)
+    assert path.read_bytes() == b"old"
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_full_disk_in_a_run_loses_no_state(tmp_path, monkeypatch):
+    with pytest.raises(Killed):
+        fit(Config(**TINY), tmp_path / "run", progress=kill_at(3))
+    state = (tmp_path / "run" / "state.safetensors").read_bytes()
+    real = os.fsync
+
+    def full(handle):
+        if "state.safetensors" in os.readlink(f"/proc/self/fd/{handle}"):
+            raise OSError(28, "No space left on device")
+        real(handle)
+
+    if not os.path.isdir("/proc/self/fd"):
+        pytest.skip("no /proc")
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match=r"cannot write .*state.safetensors: No space left"):
+        fit(Config(**TINY), tmp_path / "run")
+    monkeypatch.undo()
+    assert (tmp_path / "run" / "state.safetensors").read_bytes() == state
+    fit(Config(**TINY), tmp_path / "run")
+    fit(Config(**TINY), tmp_path / "whole")
+    same_runs(tmp_path / "run", tmp_path / "whole")
+
+
+def test_states_of_any_shape(tmp_path):
+    state = {
+        "step": 3, "nested": {0: {"x": torch.arange(3), "betas": (0.9, 0.999)}, 1: None}, "list": [True, "a", 1.5],
+        "view": torch.ones(4, 4).t()[1:], "empty": torch.empty(0), "half": torch.ones(2, dtype=torch.bfloat16),
+    }  # fmt: skip
+    checkpoint.save_state(tmp_path / "s", state)
+    loaded = checkpoint.load_state(tmp_path / "s")
+    assert loaded["nested"][0]["betas"] == (0.9, 0.999)
+    assert loaded["nested"][1] is None
+    assert loaded["list"] == [True, "a", 1.5]
+    for name in ("view", "empty", "half"):
+        assert torch.equal(loaded[name], state[name])
+        assert loaded[name].dtype == state[name].dtype
+    with pytest.raises(TypeError, match=r"set at state\.x"):
+        checkpoint.save_state(tmp_path / "s", {"x": {1}})
+
+
+def test_config_files(tmp_path):
+    config = Config(**TINY, method="structured", teacher="t", method_options={"pixel_wise": {"weight": 1e-5}}, learning_rate=1e-5)
+    checkpoint.write(tmp_path / "c.yaml", configs.text(config))
+    assert configs.load(tmp_path / "c.yaml") == config
+    assert configs.differences(config, config) == []
+    for content, message in {
+        "stepz: 3": "did you mean steps",
+        "steps: x": r"no YAML|steps to be int, got 'x'",
+        "steps: true": "steps to be int, got True",
+        "crop: [3]": "crop to be",
+        "- 3": "c.yaml",
+        "data: 5": "data to be str",
+        "steps: 0": "steps to be at least 1",
+        'data: "camvid"': "root with data 'camvid'",
+        'method: "structured"': "teacher and method together",
+        'precision: "int8"': "precision to be one of",
+        "scale: [2, 1]": "low <= high",
+    }.items():
+        (tmp_path / "c.yaml").write_text(content + "\n")
+        with pytest.raises(ValueError, match=message):
+            configs.load(tmp_path / "c.yaml")
+    with pytest.raises(FileNotFoundError, match="absent"):
+        configs.load(tmp_path / "absent.yaml")
+
+
+def test_config_in_yaml_of_any_style(tmp_path):
+    pytest.importorskip("yaml")
+    (tmp_path / "c.yaml").write_text(
+        "# a run\nsteps: 5\nlearning_rate: 2e-3\ncrop:\n  - 32\n  - 64\nmodel_options: {width: 0.25}\n"
+    )
+    config = configs.load(tmp_path / "c.yaml")
+    assert (config.steps, config.learning_rate, config.crop, config.model_options) == (5, 2e-3, (32, 64), {"width": 0.25})
+    (tmp_path / "c.yaml").write_text("steps: [5\n")
+    with pytest.raises(ValueError, match=r"c.yaml is no YAML"):
+        configs.load(tmp_path / "c.yaml")
+
+
+def test_average():
+    model = nn.BatchNorm1d(2)
+    average = Average(model, 0.5)
+    with torch.no_grad():
+        model.weight.fill_(3.0)
+    model.num_batches_tracked.fill_(7)
+    average.update()
+    share = 1 - min(0.5, 2 / 11)
+    assert average.model.weight.tolist() == pytest.approx([1 + 2 * share] * 2)
+    assert average.model.num_batches_tracked == 7
+    assert not average.model.training
+
+
+class Net(nn.Module):
+    align_corners = True
+
+
+def test_label_loss_against_its_formula():
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 3, 4, 5, generator=generator, dtype=torch.float64).float()
+    target = torch.randint(0, 3, (2, 7, 9), generator=generator)
+    target[0, :3] = 255
+    large = F.interpolate(logits, (7, 9), mode="bilinear", align_corners=True)
+    plain = LabelLoss()(Net(), Output(logits, (logits, 2 * logits), {}), target)
+    torch.testing.assert_close(plain["labels"], F.cross_entropy(large, target, ignore_index=255))
+    auxiliary = sum(F.cross_entropy(k * large, target, ignore_index=255) for k in (1, 2))
+    torch.testing.assert_close(plain["auxiliary"], 0.4 * auxiliary)
+    assert set(LabelLoss(aux_weight=0)(Net(), Output(logits, (logits,), {}), target)) == {"labels"}
+    weights = [1.0, 3.0, 0.5]
+    given = LabelLoss(weights, label_smoothing=0.1)(Net(), Output(logits, (), {}), target)["labels"]
+    expected = F.cross_entropy(large, target, torch.tensor(weights), ignore_index=255, label_smoothing=0.1)
+    torch.testing.assert_close(given, expected)
+    nothing = LabelLoss(weights)(Net(), Output(logits, (), {}), torch.full_like(target, 255))["labels"]
+    assert nothing == 0
+
+
+@pytest.mark.parametrize("bar, keep", [(0.5, 0.01), (0.01, 0.4), (0.9, 1.0)])
+def test_hard_pixels_against_their_formula(bar, keep):
+    generator = torch.Generator().manual_seed(1)
+    logits = torch.randn(1, 4, 6, 8, generator=generator).requires_grad_()
+    target = torch.randint(0, 4, (1, 6, 8), generator=generator)
+    target[0, 0] = 255
+    losses = F.cross_entropy(logits, target, ignore_index=255, reduction="none")[target != 255]
+    ranked = losses.sort(descending=True).values
+    hard = max(int((ranked > -math.log(bar)).sum()), int(keep * len(ranked)))
+    loss = LabelLoss(ohem=bar, ohem_keep=keep)(Net(), Output(logits, (), {}), target)["labels"]
+    torch.testing.assert_close(loss, ranked[:hard].mean())
+    loss.backward()
+    assert int((logits.grad.abs().sum(1) > 0).sum()) == hard
+
+
+TWO = textwrap.dedent(
+    """
+    import json, os, sys
+    import torch
+    from torch import nn
+    from segfast.engine import Config, fit
+    from segfast.models import Output, SegmentationModel, register_model
+
+    torch.set_num_threads(1)
+
+    class Small(SegmentationModel):
+        name, min_size = "small", 1
+
+        def __init__(self, classes):
+            super().__init__()
+            self.body = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, 1, 1))
+            self.head, self.side = nn.Conv2d(8, classes, 1), nn.Conv2d(8, classes, 1)
+
+        def outputs(self, images):
+            x = self.body(images)
+            return Output(self.head(x), (self.side(x),) if self.training else (), {"pre_logits": x})
+
+    @register_model(paper="", parameters=0, macs=0)
+    def small(num_classes=19):
+        return Small(num_classes)
+
+    options, folder, port = json.loads(sys.argv[1]), sys.argv[2], sys.argv[3]
+    children = []
+    for world in (1, 2):
+        for rank in range(world):
+            child = os.fork()
+            if child:
+                children.append(child)
+                continue
+            try:
+                ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+                os.environ.update({name: str(value) for name, value in ranks.items()})
+                fit(Config(**options), f"{folder}/{world}")
+                os._exit(0)
+            except BaseException as error:
+                print(repr(error), file=sys.stderr, flush=True)
+                os._exit(1)
+    sys.exit(any(os.waitpid(child, 0)[1] for child in children))
+    """
+)
+
+
+def free_port() -> int:
+    import socket
+
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def test_two_processes_are_one_with_the_doubled_batch(tmp_path):
+    options = {**TINY, "model": "small", "model_options": {}, "batch": 4, "steps": 4, "freeze_bn": True, "optimizer": "sgd"}
+    options |= {"accumulate": 2, "learning_rate": 0.1, "clip": 1.0}
+    command = [sys.executable, "-c", TWO, json.dumps(options), str(tmp_path), str(free_port())]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
+    one, two = (checkpoint.load(tmp_path / name / "last.safetensors")[0] for name in ("1", "2"))
+    for which in ("miou", "pixel_accuracy"):
+        assert lines(tmp_path / "1")[-1][which] == pytest.approx(lines(tmp_path / "2")[-1][which], abs=0.01)
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], rtol=1e-5, atol=1e-6)
