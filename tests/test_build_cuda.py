@@ -1,6 +1,10 @@
 """The CUDA sources compile with nvcc, without spills. Nothing here needs a GPU."""
 
+import os
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import gpu_resources
@@ -25,6 +29,34 @@ def test_compiles_without_spills(source, architecture):
     assert kernels, "ptxas reports no kernel"
     spilling = {name: row for name, row in kernels.items() if row["spill_bytes"] or row["stack_bytes"]}
     assert not spilling
+
+
+@needs_nvcc
+@pytest.mark.skipif(EFFORT == "ci", reason="minutes: SEGFAST_EFFORT=full")
+def test_a_forced_cuda_build_loads_without_a_gpu(tmp_path):
+    """FORCE_CUDA=1 with nvcc alone: the module links, loads on a CPU-only torch too, and registers the kernels."""
+    source, target = tmp_path / "source", tmp_path / "target"
+    ignore = shutil.ignore_patterns("build", "*.so", "*.egg-info", ".git", "tests", "docs")
+    shutil.copytree(ROOT, source, ignore=ignore)
+    environment = {**os.environ, "FORCE_CUDA": "1", "TORCH_CUDA_ARCH_LIST": os.environ.get("TORCH_CUDA_ARCH_LIST", "8.0")}
+    install = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-build-isolation", "--target", str(target), "."]
+    done = subprocess.run(install, cwd=source, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-4000:] + done.stdout[-4000:]
+    code = """
+import torch, segfast
+from segfast import _backend
+assert _backend._C.build_info()["cuda"], "built without CUDA"
+for op in ("channel_shuffle", "concat_shuffle", "pixelwise_kl"):
+    assert _backend.table[op] == {"cpu": "c++", "cuda": "cuda"}, (op, _backend.table[op])
+assert _backend.has_compiled("depthwise") and _backend.has_compiled("depthwise_train")
+x = torch.arange(12.0).reshape(1, 12, 1, 1)
+assert segfast.ops.channel_shuffle(x, 3).flatten()[:3].tolist() == [0, 4, 8]
+print(segfast.__file__)
+"""
+    path = {**os.environ, "PYTHONPATH": str(target), "SEGFAST_BACKEND": "auto"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert str(target) in done.stdout
 
 
 @pytest.mark.parametrize("header", sorted((ROOT / "csrc" / "cuda").glob("*.cuh")), ids=lambda path: path.name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from descriptors import build
+from gpu import captured
 from harness import DTYPES, OPS, as_dtype, check_rule, evaluate, relaid, same_bits
 from torch.utils._pytree import tree_map
 
@@ -100,20 +101,12 @@ def test_inside_a_cuda_graph(op):
             outputs = torch.utils._pytree.tree_leaves(function(*sample.args, **sample.kwargs))
             return outputs[0], torch.autograd.grad(outputs[0].sum(), first)[0]
 
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(3):
-                step()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            captured = step()
+        graph, results = captured(step)
         with torch.no_grad():
             first.mul_(0.75).add_(0.25)
         graph.replay()
         torch.cuda.synchronize()
-        for a, e in zip(captured, step(), strict=True):
+        for a, e in zip(results, step(), strict=True):
             assert same_bits(a.detach(), e.detach()), f"{op} {sample}"
 
 

@@ -187,6 +187,75 @@ def test_pixelwise_kl_of_extreme_logits(values, classes, layout, kernels):
         assert torch.allclose(a[finite], e[finite], rtol=1e-4, atol=1e-5)
 
 
+def shifted(x: Tensor, by: int = 1) -> Tensor:
+    """The same values and strides, in storage that begins `by` elements past an aligned address."""
+    extent = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride()))
+    flat = x.new_empty(extent + by)[by:]
+    assert flat.data_ptr() % 16
+    return flat.as_strided(x.shape, x.stride()).copy_(x)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float16), ids=("float32", "float16"))
+@pytest.mark.parametrize("layout", ("contiguous", "channels_last"))
+def test_misaligned_logits_and_planes(layout, dtype, kernels):
+    pair = [shifted(testing.tensor(2, 21, 5, 7, dtype=dtype, device=CPU, layout=layout, seed=i), i + 1) for i in (0, 1)]
+    check_rule("pixelwise_kl", testing.Sample("misaligned", tuple(pair)), [0])
+    x, weight, scale_, shift, *options = depthwise_inputs(DEPTHWISE[0], dtype)
+    expected = torch.ops.segfast.depthwise(x, weight, scale_, shift, *options, 1)
+    assert same_bits(torch.ops.segfast.depthwise(shifted(x), shifted(weight), scale_, shift, *options, 1), expected)
+
+
+@pytest.mark.parametrize("layout", ("contiguous", "channels_last"))
+def test_nothing_to_do(layout, kernels):
+    """Tensors without elements: the reference's answer, and no grid of no blocks, which the host build refuses."""
+    for size in ((0, 6, 3, 2), (2, 6, 0, 2), (2, 6, 3, 0)):
+        x = testing.tensor(*size, dtype=torch.float32, device=CPU, layout=layout)
+        check_rule("channel_shuffle", testing.Sample(str(size), (x, 3)))
+        check_rule("concat_shuffle", testing.Sample(str(size), ([x, x + 1], 2)))
+        for reduction in ("none", "sum", "mean", "batchmean"):
+            check_rule("pixelwise_kl", testing.Sample(f"{size} {reduction}", (x, x + 1), {"reduction": reduction}), [0])
+    x = testing.tensor(2, 4, 3, 2, dtype=torch.float32, device=CPU, layout=layout)
+    check_rule("concat_shuffle", testing.Sample("an empty part", ([x, x[:, :0], x], 2)))
+
+
+def test_what_the_kernels_do_not_take_is_refused(kernels):
+    """Of mixed devices and other dtypes: by the public functions before a kernel runs, and by the raw ops."""
+    x, meta = torch.zeros(1, 4, 3, 3), torch.zeros(1, 4, 3, 3, device="meta")
+    weight, vector, geometry = torch.zeros(4, 1, 3, 3), torch.zeros(4), ((1, 1), (1, 1), (1, 1))
+    kernels.take_counts()
+    for call in (
+        lambda: ops.concat_shuffle([x, meta], 2),
+        lambda: ops.pixelwise_kl(x, meta),
+        lambda: ops.pixelwise_kl(x, x, mask=torch.ones(1, 3, 3, dtype=torch.bool, device="meta")),
+        lambda: ops.pairwise_loss(x, meta),
+        lambda: ops.ds_conv(x, weight.to("meta"), torch.zeros(2, 4, 1, 1)),
+        lambda: ops.ds_conv(x, weight, torch.zeros(2, 4, 1, 1), dw_bias=vector.to("meta")),
+    ):
+        with pytest.raises(ValueError, match=r"want .*device"):
+            call()
+    for dtype in (torch.int32, torch.complex64, torch.float8_e4m3fn):
+        odd = x.to(dtype)
+        for call in (
+            lambda odd=odd: ops.pixelwise_kl(odd, odd),
+            lambda odd=odd: ops.pairwise_loss(odd, odd),
+            lambda odd=odd: ops.pairwise_cosine(odd),
+        ):
+            with pytest.raises(TypeError, match="want "):
+                call()
+        for call in (
+            lambda odd=odd: torch.ops.segfast.pixelwise_kl(odd, odd, None, 1.0, 1, True),
+            lambda odd=odd: torch.ops.segfast.depthwise(odd, odd.new_zeros(4, 1, 3, 3), vector, vector, *geometry, 1),
+            lambda odd=odd: torch.ops.segfast.depthwise_train(odd, odd.new_zeros(4, 1, 3, 3), None, *geometry),
+        ):
+            with pytest.raises(RuntimeError, match="want float32"):
+                call()
+    with pytest.raises(RuntimeError, match="both logits or neither"):
+        torch.ops.segfast.pixelwise_kl(x.double(), x, None, 1.0, 1, True)
+    with pytest.raises(RuntimeError, match="at most 64 taps"):
+        torch.ops.segfast.depthwise(torch.zeros(1, 4, 12, 12), torch.zeros(4, 1, 9, 9), vector, vector, *geometry, 1)
+    assert kernels.take_counts()[0] == 0
+
+
 def depthwise_reference(x, weight, scale, shift, stride, padding, dilation, act):
     y = torch.nn.functional.conv2d(x, weight, None, stride, padding, dilation, x.shape[1])
     wide = torch.promote_types(y.dtype, torch.float32)

@@ -35,7 +35,7 @@ struct KlCall {
 __host__ __device__ inline double kl_divisor(Divisor divisor, int64_t images, int64_t pixels, int64_t valid) {
   if (divisor == Divisor::images) return static_cast<double>(images);
   if (divisor == Divisor::one) return 1;
-  return static_cast<double>(valid == 0 && pixels != 0 ? 1 : valid);
+  return static_cast<double>(pixels == 0 || valid > 0 ? valid : 1);
 }
 
 // Maxima of logits, and sums of their exp(x - maximum). Of no logits: -inf and 0.
@@ -56,13 +56,8 @@ __device__ A rescale(A from, A to) {
 }
 
 template <class A>
-__device__ A larger(A a, A b) {
-  return b > a ? b : a;
-}
-
-template <class A>
 __device__ Softmaxes<A> merge(const Softmaxes<A>& a, const Softmaxes<A>& b) {
-  const A max_s = larger(a.max_s, b.max_s), max_t = larger(a.max_t, b.max_t);
+  const A max_s = b.max_s > a.max_s ? b.max_s : a.max_s, max_t = b.max_t > a.max_t ? b.max_t : a.max_t;
   return {max_s, max_t, a.sum_s * rescale(a.max_s, max_s) + b.sum_s * rescale(b.max_s, max_s),
           a.sum_t * rescale(a.max_t, max_t) + b.sum_t * rescale(b.max_t, max_t)};
 }
@@ -71,8 +66,8 @@ __device__ Softmaxes<A> merge(const Softmaxes<A>& a, const Softmaxes<A>& b) {
 // sums that x is made of cancels to first order, where a sum of p_t x would show it in full. Leaves p_s - p_t in `excess`.
 template <class A>
 __device__ A divergence(A p_s, A p_t, A x, A& excess) {
-  const A limit = sizeof(A) == 8 ? static_cast<A>(0.0009765625) : static_cast<A>(0.25);
-  if (x * x < limit) {
+  const A limit = sizeof(A) == 8 ? static_cast<A>(0.03125) : static_cast<A>(0.5);
+  if (x > -limit && x < limit) {
     A series = static_cast<A>(1. / 362880);
     series = series * x + static_cast<A>(1. / 40320);
     series = series * x + static_cast<A>(1. / 5040);
@@ -149,18 +144,17 @@ __device__ Softmaxes<A> softmaxes(int64_t first, int64_t classes, const A (&s)[R
 #pragma unroll
   for (int k = 0; k < R; ++k) {
     if (first + k * ROWS < classes) {
-      chunk.max_s = larger(chunk.max_s, s[k]);
-      chunk.max_t = larger(chunk.max_t, t[k]);
+      chunk.max_s = s[k] > chunk.max_s ? s[k] : chunk.max_s;
+      chunk.max_t = t[k] > chunk.max_t ? t[k] : chunk.max_t;
     }
   }
   const A base_s = base(chunk.max_s), base_t = base(chunk.max_t);
-  constexpr int kSums = 4;  // shorter chains, smaller errors
-  A sum_s[kSums] = {}, sum_t[kSums] = {};
+  A sum_s[4] = {}, sum_t[4] = {};  // four sums each: shorter chains, smaller errors
 #pragma unroll
   for (int k = 0; k < R; ++k) {
     if (first + k * ROWS < classes) {
-      sum_s[k % kSums] += exp(s[k] - base_s);
-      sum_t[k % kSums] += exp(t[k] - base_t);
+      sum_s[k % 4] += exp(s[k] - base_s);
+      sum_t[k % 4] += exp(t[k] - base_t);
     }
   }
   chunk.sum_s = (sum_s[0] + sum_s[1]) + (sum_s[2] + sum_s[3]);
@@ -198,7 +192,7 @@ __global__ void __launch_bounds__(kMostKlThreads, sizeof(A) == 4 && R <= 20 ? 2 
       load_logits<ROWS>(call.student, offset, step, first, classes, temperature, multiply, s);
       load_logits<ROWS>(call.teacher, offset, step, first, classes, temperature, multiply, t);
       const Softmaxes<A> chunk = softmaxes<ROWS>(first, classes, s, t);
-      mine = first == row ? chunk : merge(mine, chunk);
+      mine = classes <= ROWS * R ? chunk : merge(mine, chunk);
     }
   }
   Softmaxes<A> all = mine;

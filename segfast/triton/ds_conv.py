@@ -684,7 +684,7 @@ def ds_conv_train(
                     v.fill_(float("nan"))
         return images(y, x), u.permute(0, 3, 1, 2), z.permute(0, 3, 1, 2), *one, *two
     with torch.cuda.device_of(x):
-        if HAS_DEPTHWISE and s.contiguous:  # u is copied to channels_last, and not x: never more, 2 (A - B) less at stride 2
+        if HAS_DEPTHWISE and s.contiguous and s.c > 0:  # u is copied to channels_last, not x: 2 (A - B) less, nothing at stride 1
             u, *moments = torch.ops.segfast.depthwise_train(x, dw, dw_bias, *s.sizes)
             u, one = rows(u), moments if dw_mean is None else one
         else:

@@ -1,6 +1,7 @@
 // Checks the kernels of one .cuh against plain loops, in several orders and block shapes, without torch: quick to compile, for
 // the mutants and the sanitizers. Buffers are exactly as long as they must be and start as NaN; the kernels may touch nothing
 // else.
+#include <sys/mman.h>
 #include <unistd.h>
 
 #include <array>
@@ -49,6 +50,30 @@ class Buffer {
 
  private:
   std::unique_ptr<char[]> memory_;
+  T* first_;
+  int64_t n_;
+};
+
+// Billions of elements, zeros, of which only the pages that are touched exist.
+template <class T>
+class Huge {
+ public:
+  explicit Huge(int64_t n) : n_(n) {
+    void* memory = mmap(nullptr, n * sizeof(T), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (memory == MAP_FAILED) throw std::runtime_error("no address space");
+    first_ = static_cast<T*>(memory);
+    simt::memory.emplace_back(reinterpret_cast<char*>(first_), reinterpret_cast<char*>(first_ + n));
+  }
+  Huge(const Huge&) = delete;
+  ~Huge() {
+    const char* mine = reinterpret_cast<char*>(first_);
+    std::erase_if(simt::memory, [&](const auto& range) { return range.first == mine; });
+    munmap(first_, n_ * sizeof(T));
+  }
+  T* data() { return first_; }
+  T& operator[](int64_t at) { return first_[at]; }
+
+ private:
   T* first_;
   int64_t n_;
 };
@@ -182,6 +207,32 @@ void checks() {
 #endif
     }
   }
+}
+#endif
+
+#ifdef SIMT_SHUFFLE
+// More than 2^31 elements: what the first and the last block of threads move.
+void huge_checks() {
+  now = "a shuffle of more than 2^31 elements";
+  const int64_t area = (int64_t{1} << 29) + 16, total = 4 * area, units = total / 16;
+  Huge<uint8_t> x(total), y(total);
+  const auto each_touched = [&](const auto& visit) {
+    const int64_t step = simt::kBlocks * simt::kThreads;
+    for (const int64_t block : {int64_t{0}, simt::kBlocks - 1}) {
+      for (int t = 0; t < simt::kThreads; ++t) {
+        for (int64_t unit = block * simt::kThreads + t; unit < units; unit += step) visit(unit * 16);
+      }
+    }
+  };
+  const auto source = [&](int64_t at) {  // of four channels in two groups the second and the third change places
+    const int64_t plane = at / area;
+    return (plane == 1 ? 2 : plane == 2 ? 1 : plane) * area + at % area;
+  };
+  int64_t last = 0;
+  each_touched([&](int64_t at) { x[source(at)] = static_cast<uint8_t>(1 + at / 16 % 251), last = std::max(last, at); });
+  check(last + 16 == total, "the last element is not reached");
+  cuda::channel_shuffle(x.data(), y.data(), 1, 1, 4, area, 2, false, nullptr);
+  each_touched([&](int64_t at) { check(y[at] == 1 + at / 16 % 251, "a wrong element"); });
 }
 #endif
 
@@ -341,7 +392,73 @@ void checks() {
 }
 #endif
 
+#ifdef SIMT_PIXELWISE_KL
+void huge_checks() {
+  now = "kl of more than 2^31 logits";
+  const int64_t pixels = (int64_t{1} << 30) + 45, first = pixels - 40;
+  Huge<__half> student(2 * pixels), teacher(2 * pixels), saved(2 * pixels);
+  Huge<float> losses(pixels);
+  Huge<double> partials(cuda::kl_tiles(1, 2, pixels, false));
+  for (int64_t c = 0; c < 2; ++c) {
+    for (int64_t p = first; p < pixels; ++p) {
+      student[c * pixels + p] = narrow<__half>(static_cast<float>(random_value()));
+      teacher[c * pixels + p] = narrow<__half>(static_cast<float>(random_value()));
+    }
+  }
+  const cuda::KlCall call{.student = {student.data(), Dtype::float16},
+                          .teacher = {teacher.data(), Dtype::float16},
+                          .valid = nullptr,
+                          .images = 1,
+                          .classes = 2,
+                          .area = pixels,
+                          .temperature = 1,
+                          .divisor = cuda::Divisor::one,
+                          .saved = saved.data(),
+                          .losses = losses.data(),
+                          .loss = nullptr,
+                          .scale = nullptr,
+                          .partials = partials.data(),
+                          .count = nullptr};
+  cuda::launch_kl<float, false>(call, nullptr);
+  for (int64_t p = first; p < pixels; ++p) {
+    const auto probability = [&](Huge<__half>& x) {
+      return 1 / (1 + exp(static_cast<double>(widen(x[pixels + p])) - static_cast<double>(widen(x[p]))));
+    };
+    const double a = probability(student), b = probability(teacher);
+    check(close(losses[p], b * log(b / a) + (1 - b) * log((1 - b) / (1 - a)), 1e-5), "the loss of a pixel");
+    check(close(static_cast<double>(widen(saved[p])), a - b, 2e-3), "a gradient");
+    check(close(static_cast<double>(widen(saved[pixels + p])), b - a, 2e-3), "a gradient of the last class");
+  }
+}
+#endif
+
 #ifdef SIMT_DEPTHWISE
+void huge_checks() {
+  now = "depthwise of more than 2^31 elements";
+  const int side = 46411;
+  const cuda::DepthwiseShape s{1, 1, side, side, side, side, 3, 3, 1, 1, 1, 1, 1, 1};
+  const cuda::DepthwiseTile tile = cuda::depthwise_tile_of(s, 4);
+  const int top = (tile.down - 1) * tile.rows * cuda::kDepthwiseRun, left = (tile.across - 1) * tile.columns;
+  const auto at = [&](int row, int column) { return static_cast<int64_t>(row) * side + column; };
+  Huge<__half> x(at(side, 0)), y(at(side, 0));
+  Buffer<__half> weight(9);
+  for (int k = 0; k < 9; ++k) weight[k] = narrow<__half>(static_cast<float>(k - 3) / 4);
+  for (int r = top - 1; r < side; ++r) {
+    for (int c = left - 1; c < side; ++c) x[at(r, c)] = narrow<__half>(static_cast<float>(random_value()));
+  }
+  cuda::depthwise<__half>(s, x.data(), weight.data(), nullptr, nullptr, cuda::Act::none, y.data(), nullptr);
+  for (int r = top; r < side; ++r) {
+    for (int c = left; c < side; ++c) {
+      double value = 0;
+      for (int k = 0; k < 9; ++k) {
+        const int row = r + k / 3 - 1, column = c + k % 3 - 1;
+        if (row < side && column < side) value += static_cast<double>(widen(x[at(row, column)])) * (k - 3) / 4;
+      }
+      check(close(static_cast<double>(widen(y[at(r, c)])), value, 1e-2), "an output");
+    }
+  }
+}
+
 struct Case {
   int64_t images, channels;
   int h, w, kernel_h, kernel_w, stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w;
@@ -507,7 +624,10 @@ int main(int count, char** values) {
 #ifdef SIMT_MUTANTS
   simt_mutant = count > 1 ? atoi(values[1]) : -1;
 #else
-  (void)count, (void)values;
+  (void)values;
+#endif
+#ifdef SEGFAST_SIMT_THREADS
+  (void)count;
 #endif
   try {
 #ifdef SEGFAST_SIMT_THREADS
@@ -521,6 +641,10 @@ int main(int count, char** values) {
                                                  {simt::Schedule::shuffled, 96, 3}}) {
       simt::schedule = order, simt::kThreads = threads, simt::kBlocks = blocks, state = 1;
       checks();
+    }
+    if (count == 1) {
+      simt::kThreads = 256, simt::kBlocks = 1 << 16, simt::edge_blocks = 1;
+      huge_checks();
     }
 #endif
   } catch (const std::exception& error) {
