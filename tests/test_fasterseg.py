@@ -15,12 +15,10 @@ def weights(case):
     return official.seeded(json.loads((official.STORED / f"{case}.json").read_text())["shapes"])
 
 
-@pytest.mark.parametrize(
-    ("name", "deployed", "trained"), [("student", 3_454_643, 4_385_689), ("teacher", 22_188_931, 23_524_137)]
-)
-def test_counts_with_and_without_training_heads(name, deployed, trained):
+@pytest.mark.parametrize(("name", "plain", "trained"), [("student", 3_454_643, 4_385_689), ("teacher", 22_188_931, 23_524_137)])
+def test_counts_with_and_without_training_heads(name, plain, trained):
     with torch.device("meta"):
-        for aux, count in ((False, deployed), (True, trained)):
+        for aux, count in ((False, plain), (True, trained)):
             model = segfast.create_model(f"fasterseg_{name}", aux=aux)
             assert sum(p.numel() for p in model.parameters()) == count
 

@@ -1,4 +1,4 @@
-"""SwiftNet: what the importer takes from a checkpoint, and the decoder's shapes. Outputs against the official: test_official.py."""
+"""SwiftNet: what the importer takes from a checkpoint, and shapes. Outputs against the official: test_official.py."""
 
 import json
 
@@ -40,7 +40,7 @@ def test_wrong_weights(name):
         segfast.load_official(name, {key: value for key, value in made.items() if key != "backbone.img_std"})
     with pytest.raises(ValueError, match="want 7 classes, got weights of 19"):
         segfast.load_official(name, made, num_classes=7)
-    with pytest.raises(ValueError, match="left over: border_logits.conv.weight"):
+    with pytest.raises(ValueError, match=r"left over: border_logits\.conv\.weight"):
         segfast.load_official(name, {**made, "border_logits.conv.weight": torch.zeros(2, 128, 1, 1)})
     for other in {"swiftnet_rn34", *NAMES} - {name}:
         with pytest.raises(ValueError, match=f"not the weights of '{other}'"):
