@@ -33,7 +33,7 @@ class BasicBlock(nn.Module):
 
 
 class Encoder(nn.Module):
-    """ResNet whose first stage has stride 2 as well (section 3.3), so that its maps are at 1/8, 1/16, 1/32 and 1/64."""
+    """ResNet whose first stage has stride 2 as well, so that its maps are at 1/8, 1/16, 1/32 and 1/64."""
 
     def __init__(self, depth: int):
         super().__init__()
