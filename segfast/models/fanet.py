@@ -130,6 +130,7 @@ OFFICIAL = "feinanshan/FANet"
         source="arXiv:2007.03815, abstract; the speed leaves out BatchNorm and the last resizing",
     ),
     official=OFFICIAL,
+    licence="MIT",
 )
 def fanet18(num_classes: int = 19, **options) -> FANet:
     """FANet on ResNet-18; `aux` adds the training heads."""
@@ -146,6 +147,7 @@ def fanet18(num_classes: int = 19, **options) -> FANet:
         source="arXiv:2007.03815, abstract; the speed leaves out BatchNorm and the last resizing",
     ),
     official=OFFICIAL,
+    licence="MIT",
 )
 def fanet34(num_classes: int = 19, **options) -> FANet:
     """FANet on ResNet-34; `aux` adds the training heads."""
