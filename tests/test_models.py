@@ -129,6 +129,7 @@ def test_autocast(network, built):
 def test_compiles_as_one_graph(network, built):
     model = built(network.name)
     images = torch.randn(1, 3, 65, 97)
+    torch._dynamo.reset()  # all networks share `SegmentationModel.forward`, whose recompilations are limited
     with torch.no_grad():
         logits_close(torch.compile(model, fullgraph=True, backend="aot_eager")(images), model(images))
 
