@@ -198,6 +198,23 @@ def test_strides(name, stride, channels):
     assert features["pre_logits"].shape == (1, channels, 64 // stride, 128 // stride)
 
 
+@pytest.mark.parametrize("name", ["linknet", "unet"])
+@pytest.mark.parametrize("backbone", ["resnet18", "shufflenetv2_x0_5", "mobilenetv2_050", "poolformer_s12"])
+def test_backbones(name, backbone):
+    if not backbone.startswith(("resnet", "shufflenet")):
+        pytest.importorskip("timm")
+    model = segfast.create_model(name, 3, backbone=backbone).eval()
+    images = torch.randn(1, 3, 65, 98)
+    with torch.no_grad():
+        logits = model(images)
+    assert logits.shape == (1, 3, 65, 98)
+    assert model.forward_features(images).features["stage4"].shape[1] == model.encoder.channels[-1]
+    if (name, backbone) == ("linknet", "resnet18"):
+        assert sum(p.numel() for p in segfast.create_model(name, backbone=backbone).parameters()) == NETWORKS[name].parameters
+    with pytest.raises(ValueError, match="did you mean"):
+        segfast.create_model(name, backbone=f"{backbone}0")
+
+
 def test_width():
     narrow = segfast.create_model("fast_scnn", 6, width=0.25)
     assert sum(p.numel() for p in narrow.parameters()) < 1_138_051 / 8
@@ -223,6 +240,8 @@ def test_errors():
         ("espnet_c", {"q": 2.5}, "espnet_c: want q >= 1, got 2.5"),
         ("espnet", {"variant": "other"}, "espnet: want variant one of 'train', 'test', got 'other'"),
         ("contextnet", {"factor": 3}, "got multiple values|want factor"),
+        ("unet", {"width": 32, "backbone": "resnet18"}, "unet: want no width with a backbone, got 32"),
+        ("espnet", {"backbone": "resnet18"}, "backbone"),
         ("unet", {"width": 0}, "unet: want width >= 1, got 0"),
     ):
         with pytest.raises((ValueError, TypeError), match=message):

@@ -7,7 +7,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-IN_PLACE = {nn.Identity: lambda x: x, nn.ReLU: F.relu_}
+IN_PLACE = {
+    nn.Identity: lambda act, x: x,
+    nn.ReLU: lambda act, x: F.relu_(x),
+    nn.PReLU: lambda act, x: act(x),
+    nn.LeakyReLU: lambda act, x: F.leaky_relu_(x, act.negative_slope),
+}
 
 
 def quick() -> bool:
@@ -25,7 +30,7 @@ def conv_bn_act(x: Tensor, conv: nn.Module, bn: nn.Module, act: nn.Module) -> Te
         x: (N, C, H, W).
         conv: an `nn.Conv2d` or, to run plainly, anything.
         bn: an `nn.BatchNorm2d` or anything.
-        act: an `nn.ReLU`, `nn.Identity` or anything.
+        act: one of IN_PLACE or, to run plainly, anything.
     """
     in_place = IN_PLACE.get(type(act))
     if in_place is None or not quick() or any(watched(layer) for layer in (conv, bn, act)):
@@ -33,15 +38,15 @@ def conv_bn_act(x: Tensor, conv: nn.Module, bn: nn.Module, act: nn.Module) -> Te
     # Folding moves the weights, normalising moves the output: the smaller goes.
     if type(conv) is not nn.Conv2d or conv.padding_mode != "zeros" or conv.weight.numel() > x.numel() or not foldable(conv, bn):
         y = bn(conv(x))
-        return act(y) if y is x else in_place(y)
+        return act(y) if y is x else in_place(act, y)
     weight, bias = fold(conv, bn)
-    return in_place(F.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups))
+    return in_place(act, F.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups))
 
 
 def activate(act: nn.Module, x: Tensor) -> Tensor:
     """act(x), in place without gradients: x must be a result of the caller's own."""
     in_place = IN_PLACE.get(type(act))
-    return act(x) if in_place is None or not quick() or watched(act) else in_place(x)
+    return act(x) if in_place is None or not quick() or watched(act) else in_place(act, x)
 
 
 def watched(layer: nn.Module) -> bool:
