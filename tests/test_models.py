@@ -1,9 +1,12 @@
 """A network is tested by being registered."""
 
+import random
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import count, seed_of_commit
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -29,6 +32,12 @@ def built():
         return models[name]
 
     return build
+
+
+def drawn(ci: int) -> list[str]:
+    """Networks for what is slow: `ci` of them by the commit's hash, or all."""
+    names = segfast.list_models()
+    return random.Random(seed_of_commit()).sample(names, count(min(ci, len(names)), len(names)))
 
 
 def logits_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
@@ -126,8 +135,9 @@ def test_autocast(network, built):
     assert error < 0.1
 
 
-def test_compiles_as_one_graph(network, built):
-    model = built(network.name)
+@pytest.mark.parametrize("name", drawn(8))
+def test_compiles_as_one_graph(built, name):
+    model = built(name)
     images = torch.randn(1, 3, 65, 97)
     torch._dynamo.reset()  # all networks share `SegmentationModel.forward`, whose recompilations are limited
     with torch.no_grad():
@@ -141,6 +151,18 @@ def test_exports(network, built):
     assert not any("segfast" in str(node.target) for node in program.graph.nodes)
     with torch.no_grad():
         logits_close(program.module()(images), model(images))
+
+
+@pytest.mark.parametrize("name", drawn(2))
+def test_onnx(built, name, tmp_path):
+    pytest.importorskip("onnxscript")
+    runtime = pytest.importorskip("onnxruntime")
+    model, images = built(name), torch.randn(1, 3, 65, 97)
+    torch.onnx.export(model, (images,), tmp_path / "model.onnx", dynamo=True, verbose=False)
+    session = runtime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    (logits,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})
+    with torch.no_grad():
+        logits_close(torch.from_numpy(logits), model(images))
 
 
 @pytest.mark.parametrize(
