@@ -116,7 +116,7 @@ def test_counts_of_shufflenets(kind, options, number, expected):
         network = kind(**options, num_classes=1000).eval()
     assert parameters(network) == number
     if expected is not None:
-        assert macs(network.classify, 1, 3, 224, 224) == pytest.approx(expected, rel=0.01)
+        assert macs(network.classify, 1, 3, 224, 224) == pytest.approx(expected, rel=0.02)
 
 
 @pytest.mark.parametrize("name", [*OURS, *FAMILIES, "mobilenetv1"])
