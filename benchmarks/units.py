@@ -2,7 +2,8 @@
 
 Both run in one process, in turns, on the CPU, in eval mode, batch 1, channels_last and contiguous, with random weights. Each
 round times both; the ratio is the median over rounds of plain / fused. A unit is refused if the two differ by more than the
-tests allow. Without --write the rows are printed; with it they replace benchmarks/units.json.
+tests allow. "default" says what the unit runs on that layout by itself: the fused form where a unit's rows together win at
+least 1.1x, else plain PyTorch; DSConv always fuses. Without --write the rows are printed; with it they replace benchmarks/units.json.
 """
 
 from __future__ import annotations
@@ -51,7 +52,6 @@ def plain_v2(unit: sf.ShuffleV2Unit, x: Tensor) -> Tensor:
 ROWS: list[tuple[str, str, Callable[[], nn.Module], Callable, tuple[int, ...]]] = [
     ("depthwise-separable", "Fast-SCNN", lambda: sf.DSConv(48, 64, 2), lambda m, x: m.conv(x), (1, 48, 128, 256)),
     ("depthwise-separable", "Fast-SCNN", lambda: sf.DSConv(128, 128), lambda m, x: m.conv(x), (1, 128, 64, 128)),
-    ("shuffle alone", "ShuffleNetV1 g3", lambda: sf.ChannelShuffle(3), lambda m, x: shuffle(x, 3), (1, 60, 64, 128)),
     ("inverted residual", "Fast-SCNN", lambda: sf.InvertedResidual(64, 64, 2, act="relu"), plain_inverted, (1, 64, 64, 128)),
     ("inverted residual", "Fast-SCNN", lambda: sf.InvertedResidual(96, 96, act="relu"), plain_inverted, (1, 96, 16, 32)),
     ("inverted residual", "Fast-SCNN", lambda: sf.InvertedResidual(128, 128, act="relu"), plain_inverted, (1, 128, 16, 32)),
@@ -89,6 +89,12 @@ def once(call: Callable[[], Tensor]) -> float:
     return 1000 * (time.perf_counter() - start)
 
 
+def default(unit: str, memory_format: torch.memory_format) -> str:
+    if memory_format == torch.channels_last or unit == "depthwise-separable":
+        return "fused"
+    return "concat_shuffle alone" if unit == "ShuffleNet v2 unit" else "eager"
+
+
 @torch.inference_mode()
 def row(unit: str, network: str, build, plain, shape: tuple[int, ...], memory_format: torch.memory_format) -> dict:
     module = fuse_anyway(randomise(build())).to(memory_format=memory_format)
@@ -111,6 +117,7 @@ def row(unit: str, network: str, build, plain, shape: tuple[int, ...], memory_fo
         "fused_ms": round(statistics.median(f for f, _ in rounds), 4),
         "eager_ms": round(statistics.median(e for _, e in rounds), 4),
         "ratio": round(statistics.median(e / f for f, e in rounds), 3),
+        "default": default(unit, memory_format),
     }
 
 
