@@ -3,7 +3,8 @@
 Both run in one process, in turns, on the CPU, in eval mode, batch 1, channels_last and contiguous, with random weights. Each
 round times both; the ratio is the median over rounds of plain / fused. A unit is refused if the two differ by more than the
 tests allow. "default" says what the unit runs on that layout by itself: the fused form where a unit's rows together win at
-least 1.1x, else plain PyTorch; DSConv always fuses. Without --write the rows are printed; with it they replace benchmarks/units.json.
+least 1.1x, else plain PyTorch; DSConv always fuses. Without --write the rows are printed; with it they replace
+benchmarks/units.json.
 """
 
 from __future__ import annotations
