@@ -1,0 +1,80 @@
+"""Writes docs/models.md: the networks, and what benchmarks/models.json and benchmarks/units.json hold of their speed.
+
+python docs/models.py
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from segfast.engine import catalogue
+
+ROOT = Path(__file__).resolve().parents[1]
+HEAD = """\
+# Networks
+
+Written by `python docs/models.py` from the registry and from `benchmarks/*.json`: change those, not this file.
+
+`segfast models` prints the first table; `segfast.create_model(name)` builds a network, and `segfast.load_official(name, PATH)` loads
+its authors' weights. What papers print is theirs: with their own conventions, GPUs and input sizes, never measured here.
+"""
+
+
+def text() -> str:
+    """The whole file."""
+    parts = [HEAD, catalogue.markdown()]
+    for name, section in (("models.json", speed), ("units.json", units)):
+        path = ROOT / "benchmarks" / name
+        if path.exists():
+            parts.append(section(json.loads(path.read_text(encoding="utf-8"))))
+    return "\n".join(parts)
+
+
+def speed(measured: dict) -> str:
+    facts = measured["environment"]
+    ways = sorted(
+        {way for row in measured["rows"] for way in row["milliseconds"]}, key=list(measured["rows"][0]["milliseconds"]).index
+    )
+    rows = []
+    for row in measured["rows"]:
+        times = [row["milliseconds"].get(way) for way in ways]
+        cells = ["not measured" if t is None else f"{t['median']:.1f} ({t['p95']:.1f})" for t in times]
+        memory = f"{row['activation_bytes'] / 2**20:.0f}"
+        counts = (catalogue.count(row["parameters"]), catalogue.count(row["macs"]), memory)
+        rows.append([f"`{row['name']}`", catalogue.size_text(row["size"]), *counts, *cells])
+    columns = ("network", "size", "parameters", "MACs", "activations, MiB", *ways)
+    return "\n".join(
+        [
+            "## Speed on a CPU",
+            "",
+            f"Milliseconds an image, median (95th percentile), by `segfast bench`, all ways of a network in turns; {facts['processor']}, "
+            f"{facts['threads']} threads, torch {facts['torch']}, kernel set {facts['kernel set']}.",
+            "",
+            f"Included: {measured['included']}. {measured['ways'][0].upper()}{measured['ways'][1:]}. Activations: the most bytes that "
+            "tensors made during an eager forward pass hold at a time.",
+            "",
+            catalogue.table(columns, rows),
+            "",
+        ]
+    )
+
+
+def units(measured: dict) -> str:
+    rows = measured["rows"]
+    columns = list(rows[0])
+    return "\n".join(
+        [
+            "## Fused units",
+            "",
+            "Milliseconds of units of these networks at the networks' own shapes, on this package's kernels and in eager PyTorch, and which is "
+            "the default: the fused one only where it is at least 1.1 times as fast.",
+            "",
+            catalogue.table(columns, [[row[column] for column in columns] for row in rows]),
+            "",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    (ROOT / "docs" / "models.md").write_text(text(), encoding="utf-8")
