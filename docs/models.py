@@ -9,6 +9,7 @@ import json
 from pathlib import Path
 
 from segfast.engine import catalogue
+from segfast.engine.bench import WAYS
 
 ROOT = Path(__file__).resolve().parents[1]
 HEAD = """\
@@ -16,7 +17,7 @@ HEAD = """\
 
 Written by `python docs/models.py` from the registry and from `benchmarks/*.json`: change those, not this file.
 
-`segfast models` prints the first table; `segfast.create_model(name)` builds a network, and `segfast.load_official(name, PATH)` loads
+`segfast models` prints the first table; `segfast.create_model(name)` builds a network, `segfast.load_official(name, PATH)` loads
 its authors' weights. What papers print is theirs: with their own conventions, GPUs and input sizes, never measured here.
 """
 
@@ -32,48 +33,41 @@ def text() -> str:
 
 
 def speed(measured: dict) -> str:
-    facts = measured["environment"]
-    ways = sorted(
-        {way for row in measured["rows"] for way in row["milliseconds"]}, key=list(measured["rows"][0]["milliseconds"]).index
-    )
-    rows = []
+    facts, rows = measured["environment"], []
     for row in measured["rows"]:
-        times = [row["milliseconds"].get(way) for way in ways]
-        cells = ["not measured" if t is None else f"{t['median']:.1f} ({t['p95']:.1f})" for t in times]
-        memory = f"{row['activation_bytes'] / 2**20:.0f}"
-        counts = (catalogue.count(row["parameters"]), catalogue.count(row["macs"]), memory)
-        rows.append([f"`{row['name']}`", catalogue.size_text(row["size"]), *counts, *cells])
-    columns = ("network", "size", "parameters", "MACs", "activations, MiB", *ways)
-    return "\n".join(
-        [
-            "## Speed on a CPU",
-            "",
-            f"Milliseconds an image, median (95th percentile), by `segfast bench`, all ways of a network in turns; {facts['processor']}, "
-            f"{facts['threads']} threads, torch {facts['torch']}, kernel set {facts['kernel set']}.",
-            "",
-            f"Included: {measured['included']}. {measured['ways'][0].upper()}{measured['ways'][1:]}. Activations: the most bytes that "
-            "tensors made during an eager forward pass hold at a time.",
-            "",
-            catalogue.table(columns, rows),
-            "",
-        ]
-    )
+        times = [row["milliseconds"].get(way) for way in WAYS]
+        rows.append(
+            [
+                f"`{row['name']}`",
+                catalogue.size_text(row["size"]),
+                catalogue.count(row["parameters"]),
+                catalogue.count(row["macs"]),
+                f"{row['activation_bytes'] / 2**20:.0f}",
+                *("not measured" if t is None else f"{t['median']:.1f} ({t['p95']:.1f})" for t in times),
+            ]
+        )
+    return f"""## Speed on a CPU
+
+Milliseconds an image, median (95th percentile), by `segfast bench`, all ways of a network in turns; {facts["processor"]},
+{facts["threads"]} threads, torch {facts["torch"]}, kernel set {facts["kernel set"]}.
+
+Included: {measured["included"]}.
+{measured["ways"][0].upper()}{measured["ways"][1:]}.
+Activations: the most bytes that tensors made during an eager forward pass hold at a time.
+
+{catalogue.table(("network", "size", "parameters", "MACs", "activations, MiB", *WAYS), rows)}
+"""
 
 
 def units(measured: dict) -> str:
-    rows = measured["rows"]
-    columns = list(rows[0])
-    return "\n".join(
-        [
-            "## Fused units",
-            "",
-            "Milliseconds of units of these networks at the networks' own shapes, on this package's kernels and in eager PyTorch, and which is "
-            "the default: the fused one only where it is at least 1.1 times as fast.",
-            "",
-            catalogue.table(columns, [[row[column] for column in columns] for row in rows]),
-            "",
-        ]
-    )
+    columns = list(measured["rows"][0])
+    return f"""## Fused units
+
+Milliseconds of units of these networks at the networks' own shapes, on this package's kernels and in eager PyTorch, and which is
+the default: the fused one only where it is at least 1.1 times as fast.
+
+{catalogue.table(columns, [[row[column] for column in columns] for row in measured["rows"]])}
+"""
 
 
 if __name__ == "__main__":
