@@ -1,9 +1,9 @@
 """The official implementations of networks, and what is stored of them.
 
 A case has a name, the network's name here, and a function that builds the official network. `python tests/official_cases.py`
-writes tests/official/<case>.json for every case whose official code is there: the names and shapes of its parameters, and some of
-the logits that it computes with weights made from a seed. Code that is no package is looked for in SEGFAST_OFFICIAL, a folder of
-clones that are named as on GitHub.
+writes tests/official/<case>.json for every case, or those named, whose official code is there: the names and shapes of its
+parameters, and some of the logits that it computes with weights made from a seed. Code that is no package is looked for in
+SEGFAST_OFFICIAL, a folder of clones that are named as on GitHub.
 """
 
 from __future__ import annotations
@@ -12,11 +12,13 @@ import importlib
 import importlib.util
 import json
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import caffe
+import official_networks as networks
 import pytest
 import torch
 from torch import Tensor, nn
@@ -106,12 +108,23 @@ CASES = (
     Case("contextnet", "contextnet", lambda: pytorchcv("contextnet").ctxnet_cityscapes(aux=True), ((96, 128), (128, 160))),
     Case("icnet", "icnet", lambda: caffe.Net(clone(ICNET).read_text()), ((1025, 2049),), attributes={"deploy": True}),
     Case("linknet", "linknet", lambda: pytorchcv("linknet").linknet_cityscapes()),
+    Case("swiftnet_rn18", "swiftnet_rn18", lambda: networks.swiftnet("single_scale", 18)),
+    Case("swiftnet_rn34", "swiftnet_rn34", lambda: networks.swiftnet("single_scale", 34)),
+    Case("swiftnet_rn18_pyramid", "swiftnet_rn18_pyramid", lambda: networks.swiftnet("pyramid", 18)),
+    Case("fanet18", "fanet18", lambda: networks.fanet(18)),
+    Case("fanet18_aux", "fanet18", networks.fanet_trained),
+    Case("fanet34", "fanet34", lambda: networks.fanet(34)),
+    Case("fasterseg_student", "fasterseg_student", lambda: networks.fasterseg(1)),
+    Case("fasterseg_student_aux", "fasterseg_student", lambda: networks.fasterseg(1, training_heads=True)),
+    Case("fasterseg_teacher", "fasterseg_teacher", lambda: networks.fasterseg(0)),
 )
 
 
-def write() -> None:
+def write(chosen: list[str]) -> None:
     STORED.mkdir(exist_ok=True)
     for case in CASES:
+        if chosen and case.name not in chosen:
+            continue
         try:
             official = case.build()
         except pytest.skip.Exception as reason:
@@ -125,4 +138,4 @@ def write() -> None:
 
 
 if __name__ == "__main__":
-    write()
+    write(sys.argv[1:])

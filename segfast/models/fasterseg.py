@@ -240,7 +240,10 @@ def import_fasterseg(name: str, weights: Weights) -> tuple[nn.Module, dict[str, 
         if layer.isdecimal() and int(layer) < shared and rest.startswith("1."):
             first = weights[f"cells.{layer}-0.{rest[2:]}"]
             if not torch.equal(first, weights.pop(key)):
-                raise ValueError(f"load_official: want {name!r}, whose branches share their first {shared} cells: {key} differs")
+                raise ValueError(
+                    f"load_official: these are not the weights of {name!r}, whose branches share their first {shared} cells: "
+                    f"{key} differs"
+                )
     model = FasterSeg(
         weights["heads8.conv_1x1.weight"].shape[0], architecture, any(key.startswith("heads32.") for key in weights)
     )
