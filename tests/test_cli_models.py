@@ -121,7 +121,7 @@ def test_references_are_used_within_and_kernels_again_after(monkeypatch):
 
 def test_activation_bytes():
     """Two maps of 4 x 8 x 8 floats are alive at a time: what a layer reads and what it makes."""
-    layers = nn.Sequential(*(nn.Sequential(nn.Conv2d(4, 4, 1), nn.ReLU()) for _ in range(3)))
+    layers = nn.Sequential(*(layer for _ in range(3) for layer in (nn.Conv2d(4, 4, 1), nn.ReLU())))
     one = 4 * 8 * 8 * 4
     assert bench.activation_bytes(layers, torch.randn(1, 4, 8, 8)) == 2 * one
     assert bench.activation_bytes(nn.ReLU(inplace=True), torch.randn(1, 4, 8, 8)) == 0
