@@ -61,12 +61,15 @@ Activations: the most bytes that tensors made during an eager forward pass hold 
 
 def units(measured: dict) -> str:
     columns = list(measured["rows"][0])
+    rows = [
+        ["x".join(map(str, c)) if isinstance(c, list) else c for c in (row[name] for name in columns)] for row in measured["rows"]
+    ]
     return f"""## Fused units
 
-Milliseconds of units of these networks at the networks' own shapes, on this package's kernels and in eager PyTorch, and which is
-the default: the fused one only where it is at least 1.1 times as fast.
+Milliseconds of units of these networks at the networks' own shapes, on this package's kernels and in eager PyTorch, by
+`benchmarks/units.py`. A fused unit is the default only where it is at least 1.1 times as fast.
 
-{catalogue.table(columns, [[row[column] for column in columns] for row in measured["rows"]])}
+{catalogue.table([name.replace("_", " ") for name in columns], rows)}
 """
 
 

@@ -56,6 +56,14 @@ SHUFFLENETS = [
 ]
 FAMILIES = ["mobilenetv2_035", "efficientnet_lite0", "poolformer_s12", "efficientformer_l1", "efficientformerv2_s0"]
 OURS = sorted(_registry.OWN)
+SMALL = [
+    "shufflenetv2_x0_5",
+    "efficientformerv2_s0",
+    "shufflenetv1_g4",
+    "mobilenetv2_035",
+    "poolformer_s12",
+    "efficientformer_l1",
+]
 
 
 def parameters(module) -> int:
@@ -116,7 +124,7 @@ def test_counts_of_shufflenets(kind, options, number, expected):
         network = kind(**options, num_classes=1000).eval()
     assert parameters(network) == number
     if expected is not None:
-        assert macs(network.classify, 1, 3, 224, 224) == pytest.approx(expected, rel=0.01)
+        assert macs(network.classify, 1, 3, 224, 224) == pytest.approx(expected, rel=0.02)
 
 
 @pytest.mark.parametrize("name", [*OURS, *FAMILIES, "mobilenetv1"])
@@ -125,7 +133,7 @@ def test_pyramid(name):
         extra("timm")
     with torch.device("meta"):
         backbone = segfast.create_backbone(name).eval()
-        for height, width in ((65, 97), (32, 33)):
+        for height, width in ((65, 97), (32, 33))[: count(1, 2)]:
             maps = backbone(torch.empty(2, 3, height, width))
             assert backbone.strides == (4, 8, 16, 32)
             for y, channels, stride in zip(maps, backbone.channels, backbone.strides, strict=True):
@@ -147,7 +155,7 @@ def test_stem_map(name):
     assert [tuple(y.shape[1:]) for y in maps[:2]] == [(backbone.channels[0], 18, 32), (backbone.channels[1], 9, 16)]
 
 
-@pytest.mark.parametrize("name", ["resnet18", "shufflenetv1_g4", "shufflenetv2_x0_5", *FAMILIES][:: count(2, 1)])
+@pytest.mark.parametrize("name", SMALL[: count(3, 6)])
 def test_every_parameter_gets_a_gradient(name):
     if name in _registry.TIMM:
         extra("timm")
@@ -172,13 +180,13 @@ def test_compiles_and_exports(name):
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("depth", [18, 50])
+@pytest.mark.parametrize("depth", [50, 18][: count(1, 2)])
 def test_resnet_is_torchvisions(depth):
     torchvision = extra("torchvision")
     theirs = randomise(allocate(getattr(torchvision.models, f"resnet{depth}")))
     ours = allocate(lambda: ResNet(depth, stem=True)).eval()
     ours.load_weights(theirs.state_dict())
-    x = torch.randn(1, 3, 65, 97)
+    x = torch.randn(1, 3, 33, 49)
     with torch.no_grad():
         y = theirs.relu(theirs.bn1(theirs.conv1(x)))
         expected = [y]
@@ -245,7 +253,7 @@ def test_shufflenet_v1_stored():
     torch.testing.assert_close(scores[::200], expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item())
 
 
-@pytest.mark.parametrize("width", [0.5, 1.0])
+@pytest.mark.parametrize("width", [0.5, 1.0][: count(1, 2)])
 def test_shufflenet_v2_is_torchvisions(width):
     models = extra("torchvision.models")
     theirs = randomise(allocate(getattr(models, f"shufflenet_v2_x{width}".replace(".", "_"))))
