@@ -61,9 +61,8 @@ Activations: the most bytes that tensors made during an eager forward pass hold 
 
 def units(measured: dict) -> str:
     columns = list(measured["rows"][0])
-    rows = [
-        ["x".join(map(str, c)) if isinstance(c, list) else c for c in (row[name] for name in columns)] for row in measured["rows"]
-    ]
+    cells = [[row[column] for column in columns] for row in measured["rows"]]
+    rows = [["x".join(map(str, cell)) if isinstance(cell, list) else cell for cell in row] for row in cells]
     return f"""## Fused units
 
 Milliseconds of units of these networks at the networks' own shapes, on this package's kernels and in eager PyTorch, by
