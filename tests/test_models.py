@@ -1,9 +1,12 @@
 """A network is tested by being registered."""
 
+import random
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import count, seed_of_commit
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -29,6 +32,12 @@ def built():
         return models[name]
 
     return build
+
+
+def drawn(ci: int) -> list[str]:
+    """Networks for what is slow: `ci` of them by the commit's hash, or all."""
+    names = segfast.list_models()
+    return random.Random(seed_of_commit()).sample(names, count(min(ci, len(names)), len(names)))
 
 
 def logits_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
@@ -129,9 +138,11 @@ def test_autocast(network, built):
     assert error < 0.1
 
 
-def test_compiles_as_one_graph(network, built):
-    model = built(network.name)
+@pytest.mark.parametrize("name", drawn(8))
+def test_compiles_as_one_graph(built, name):
+    model = built(name)
     images = torch.randn(1, 3, 65, 97)
+    torch._dynamo.reset()  # all networks share `SegmentationModel.forward`, whose recompilations are limited
     with torch.no_grad():
         logits_close(torch.compile(model, fullgraph=True, backend="aot_eager")(images), model(images))
 
@@ -143,6 +154,18 @@ def test_exports(network, built):
     assert not any("segfast" in str(node.target) for node in program.graph.nodes)
     with torch.no_grad():
         logits_close(program.module()(images), model(images))
+
+
+@pytest.mark.parametrize("name", drawn(2))
+def test_onnx(built, name, tmp_path):
+    pytest.importorskip("onnxscript")
+    runtime = pytest.importorskip("onnxruntime")
+    model, images = built(name), torch.randn(1, 3, 65, 97)
+    torch.onnx.export(model, (images,), tmp_path / "model.onnx", dynamo=True, verbose=False)
+    session = runtime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    (logits,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})
+    with torch.no_grad():
+        logits_close(torch.from_numpy(logits), model(images))
 
 
 @pytest.mark.parametrize(
@@ -200,6 +223,23 @@ def test_strides(name, stride, channels):
     assert features["pre_logits"].shape == (1, channels, 64 // stride, 128 // stride)
 
 
+@pytest.mark.parametrize("name", ["linknet", "unet"])
+@pytest.mark.parametrize("backbone", ["resnet18", "shufflenetv2_x0_5", "mobilenetv2_050", "poolformer_s12"])
+def test_backbones(name, backbone):
+    if not backbone.startswith(("resnet", "shufflenet")):
+        pytest.importorskip("timm")
+    model = segfast.create_model(name, 3, backbone=backbone).eval()
+    images = torch.randn(1, 3, 65, 98)
+    with torch.no_grad():
+        logits = model(images)
+    assert logits.shape == (1, 3, 65, 98)
+    assert model.forward_features(images).features["stage4"].shape[1] == model.encoder.channels[-1]
+    if (name, backbone) == ("linknet", "resnet18"):
+        assert sum(p.numel() for p in segfast.create_model(name, backbone=backbone).parameters()) == NETWORKS[name].parameters
+    with pytest.raises(ValueError, match="did you mean"):
+        segfast.create_model(name, backbone=f"{backbone}0")
+
+
 def test_width():
     narrow = segfast.create_model("fast_scnn", 6, width=0.25)
     assert sum(p.numel() for p in narrow.parameters()) < 1_138_051 / 8
@@ -225,6 +265,8 @@ def test_errors():
         ("espnet_c", {"q": 2.5}, "espnet_c: want q >= 1, got 2.5"),
         ("espnet", {"variant": "other"}, "espnet: want variant one of 'train', 'test', got 'other'"),
         ("contextnet", {"factor": 3}, "got multiple values|want factor"),
+        ("unet", {"width": 32, "backbone": "resnet18"}, "unet: want no width with a backbone, got 32"),
+        ("espnet", {"backbone": "resnet18"}, "backbone"),
         ("unet", {"width": 0}, "unet: want width >= 1, got 0"),
     ):
         with pytest.raises((ValueError, TypeError), match=message):

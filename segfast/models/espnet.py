@@ -10,59 +10,22 @@ from segfast.models._base import Output, Preprocessing, SegmentationModel
 from segfast.models._keys import rename
 from segfast.models._official import Weights, register_importer
 from segfast.models._registry import Published, register_model
+from segfast.nn import ESP, ConvBNAct
 
 EPS = 1e-3  # of every BatchNorm
 MEAN_BGR, STD_BGR = (72.3923111, 82.90893555, 73.15840149), (45.3192215, 46.15289307, 44.91483307)  # of Cityscapes, 0 to 255
 VARIANTS = {"train": 19, "test": 16}  # channels that the decoder's last fusion takes from the first stage
 
 
-class BNPReLU(nn.Module):
+class BNPReLU(nn.Sequential):
     def __init__(self, channels: int):
         super().__init__()
-        self.bn = nn.BatchNorm2d(channels, eps=EPS)
+        self.bn = norm(channels)
         self.act = nn.PReLU(channels)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.act(self.bn(x))
 
-
-class ConvBNPReLU(nn.Module):
-    def __init__(self, in_channels: int, out_channels: int, stride: int = 1):
-        super().__init__()
-        self.conv = nn.Conv2d(in_channels, out_channels, 3, stride, 1, bias=False)
-        self.norm = BNPReLU(out_channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.norm(self.conv(x))
-
-
-class ESP(nn.Module):
-    """Reduce, split into five dilation rates, transform, merge (section 3.1, fig. 1; hierarchical feature fusion, fig. 2).
-
-    The first rate has what the other four leave of the output's channels. An output narrower than five channels (the
-    decoder's, of that many classes) has a rate for each of them.
-    """
-
-    def __init__(self, in_channels: int, out_channels: int, stride: int = 1, residual: bool = True):
-        super().__init__()
-        rates = min(5, out_channels)
-        width = out_channels // rates
-        self.residual = residual
-        kernel = 3 if stride == 2 else 1
-        self.reduce = nn.Conv2d(in_channels, width, kernel, stride, kernel // 2, bias=False)
-        self.branches = nn.ModuleList(
-            nn.Conv2d(width, width if i else out_channels - (rates - 1) * width, 3, 1, 2**i, 2**i, bias=False)
-            for i in range(rates)
-        )
-        self.norm = BNPReLU(out_channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        reduced = self.reduce(x)
-        maps = [branch(reduced) for branch in self.branches]
-        for i in range(2, len(maps)):
-            maps[i] = maps[i] + maps[i - 1]
-        y = torch.cat(maps, 1)
-        return self.norm(x + y if self.residual else y)
+def norm(channels: int) -> nn.BatchNorm2d:
+    return nn.BatchNorm2d(channels, eps=EPS)
 
 
 class Encoder(nn.Module):
@@ -70,12 +33,12 @@ class Encoder(nn.Module):
 
     def __init__(self, num_classes: int, p: int, q: int):
         super().__init__()
-        self.stem = ConvBNPReLU(3, 16, 2)
+        self.stem = ConvBNAct(3, 16, 3, 2, act="prelu", norm_layer=norm)
         self.norm1 = BNPReLU(16 + 3)
-        self.down2 = ESP(16 + 3, 64, 2, residual=False)
+        self.down2 = ESP(16 + 3, 64, 2)
         self.stage2 = nn.Sequential(*(ESP(64, 64) for _ in range(p)))
         self.norm2 = BNPReLU(2 * 64 + 3)
-        self.down3 = ESP(2 * 64 + 3, 128, 2, residual=False)
+        self.down3 = ESP(2 * 64 + 3, 128, 2)
         self.stage3 = nn.Sequential(*(ESP(128, 128) for _ in range(q)))
         self.norm3 = BNPReLU(2 * 128)
         self.classifier = nn.Conv2d(2 * 128, num_classes, 1, bias=False)
@@ -141,14 +104,14 @@ class ESPNet(_ESPNet):
         if variant not in VARIANTS:
             raise ValueError(f"espnet: want variant one of {', '.join(map(repr, VARIANTS))}, got {variant!r}")
         self.variant = variant
-        self.logits_bn = nn.BatchNorm2d(num_classes, eps=EPS)
+        self.logits_bn = norm(num_classes)
         self.up3 = nn.ConvTranspose2d(num_classes, num_classes, 2, 2, bias=False)
         self.project = nn.Conv2d(2 * 64 + 3, num_classes, 1, bias=False)
         self.combine_norm = BNPReLU(2 * num_classes)
         self.combine = ESP(2 * num_classes, num_classes, residual=False)
         self.up2 = nn.ConvTranspose2d(num_classes, num_classes, 2, 2, bias=False)
         self.up2_norm = BNPReLU(num_classes)
-        self.fuse = ConvBNPReLU(VARIANTS[variant] + num_classes, num_classes)
+        self.fuse = ConvBNAct(VARIANTS[variant] + num_classes, num_classes, act="prelu", norm_layer=norm)
         self.classifier = nn.ConvTranspose2d(num_classes, num_classes, 2, 2, bias=False)
 
     def outputs(self, images: Tensor) -> Output:
@@ -169,13 +132,11 @@ def crop(x: Tensor, like: Tensor) -> Tensor:
 ESP_KEYS = (
     (r"\bc1\.conv\.", "reduce."),
     (r"\bd(1|2|4|8|16)\.conv\.", lambda match: f"branches.{int(match[1]).bit_length() - 1}."),
-    (r"\bbn\.(bn|act)\.", r"norm.\1."),
+    (r"\bbn\.(bn|act)\.", r"\1."),
 )
 ENCODER_KEYS = (
-    (r"^level1\.conv\.", "stem.conv."),
-    (r"^level1\.(bn|act)\.", r"stem.norm.\1."),
+    (r"^level1\.", "stem."),
     (r"^b([123])\.", r"norm\1."),
-    (r"^level([23])_0\.(bn|act)\.", r"down\1.norm.\2."),
     (r"^level([23])_0\.", r"down\1."),
     (r"^level([23])\.", r"stage\1."),
     (r"^classifier\.conv\.", "classifier."),
@@ -184,8 +145,7 @@ ENCODER_KEYS = (
 DECODER_KEYS = (
     (r"^level3_C\.conv\.", "project."),
     (r"^br\.", "logits_bn."),
-    (r"^conv\.(bn|act)\.", r"fuse.norm.\1."),
-    (r"^conv\.conv\.", "fuse.conv."),
+    (r"^conv\.", "fuse."),
     (r"^up_l3\.0\.", "up3."),
     (r"^combine_l2_l3\.0\.", "combine_norm."),
     (r"^combine_l2_l3\.1\.", "combine."),

@@ -7,11 +7,12 @@ from itertools import pairwise
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from segfast.backbones import ResNet
+from segfast.backbones import ResNet, create_backbone
 from segfast.models._base import Output, SegmentationModel
 from segfast.models._keys import rename
 from segfast.models._official import Weights, register_importer
 from segfast.models._registry import Published, register_model
+from segfast.models.espnet import crop
 from segfast.nn import ConvBNAct
 from segfast.nn.folding import activate, add, fold, foldable, quick, watched
 
@@ -53,7 +54,8 @@ class LinkNet(SegmentationModel):
 
     Args:
         num_classes: classes of the logits.
-        backbone: the encoder, one of `segfast.list_backbones()` with a first stride of 4; None: ResNet-18, the paper's.
+        backbone: the encoder, one of `segfast.list_backbones()`; None: ResNet-18, the paper's. The input of the first stage is
+            added to the last decoder's output where it has the same 64 channels, as in ResNet.
     """
 
     name = "linknet"
@@ -61,7 +63,7 @@ class LinkNet(SegmentationModel):
     def __init__(self, num_classes: int = 19, backbone: str | None = None):
         super().__init__()
         self.num_classes = num_classes
-        self.encoder = ResNet(18)
+        self.encoder = ResNet(18) if backbone is None else create_backbone(backbone)
         channels, strides = self.encoder.channels, self.encoder.strides
         widths = (64, *channels[:-1])
         steps = [1, *(stride // finer for finer, stride in pairwise(strides))]
@@ -71,17 +73,23 @@ class LinkNet(SegmentationModel):
         self.classifier = nn.ConvTranspose2d(32, num_classes, 2, 2)
 
     def outputs(self, images: Tensor) -> Output:
-        stem = self.encoder.forward_stem(images)
-        size = stem.shape[2:]
-        maps = [self.encoder.maxpool(stem)]
-        for stage in (self.encoder.layer1, self.encoder.layer2, self.encoder.layer3, self.encoder.layer4):
-            maps.append(stage(maps[-1]))
-        features = {f"stage{i}": x for i, x in enumerate(maps[1:], 1)}
-        x = maps.pop()
-        for decoder, skip in zip(reversed(self.decoders), reversed(maps)):
+        if isinstance(self.encoder, ResNet):
+            x = self.encoder.maxpool(self.encoder.forward_stem(images))
+            maps = [x]
+            for stage in (self.encoder.layer1, self.encoder.layer2, self.encoder.layer3, self.encoder.layer4):
+                maps.append(stage(maps[-1]))
+            first, *maps = maps
+        else:
+            first, maps = None, self.encoder(images)
+        features = {f"stage{i}": x for i, x in enumerate(maps, 1)}
+        x = maps[-1]
+        for decoder, skip in zip(reversed(self.decoders[1:]), reversed(maps[:-1])):
             x = add(skip, decoder(x, skip.shape[2:]))
-        features["pre_logits"] = x = self.conv(self.up1(x, size))
-        logits = self.classifier(x)[..., : images.shape[2], : images.shape[3]]
+        x = self.decoders[0](x, x.shape[2:])
+        x = x if first is None else add(first, x)
+        half = [min((n + 1) // 2, 2 * m) for n, m in zip(images.shape[2:], x.shape[2:])]
+        features["pre_logits"] = x = self.conv(self.up1(x, half))
+        logits = crop(self.classifier(x), images)
         return Output(logits, (), features)
 
 

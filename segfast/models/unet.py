@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from segfast.backbones import create_backbone
 from segfast.models._base import Output, SegmentationModel
 from segfast.models._registry import Published, register_model
+from segfast.models.espnet import crop
 from segfast.nn import ConvBNAct
 
 
@@ -39,7 +41,7 @@ class Expanding(nn.Module):
         self.convs = double(2 * skip_channels, skip_channels)
 
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:
-        x = self.up(x)[..., : skip.shape[2], : skip.shape[3]]
+        x = crop(self.up(x), skip)
         return self.convs(torch.cat((skip, x), 1))
 
 
@@ -59,7 +61,9 @@ class UNet(SegmentationModel):
         if isinstance(width, bool) or not isinstance(width, int) or width < 1:
             raise ValueError(f"unet: want width >= 1, got {width!r}")
         self.num_classes = num_classes
-        self.encoder = Contracting(tuple(width << i for i in range(5)))
+        if backbone is not None and width != 64:
+            raise ValueError(f"unet: want no width with a backbone, got {width}")
+        self.encoder = Contracting(tuple(width << i for i in range(5))) if backbone is None else create_backbone(backbone)
         channels, strides = self.encoder.channels, self.encoder.strides
         self.decoders = nn.ModuleList(
             Expanding(channels[i + 1], channels[i], strides[i + 1] // strides[i]) for i in range(len(channels) - 1)

@@ -10,6 +10,7 @@ from torch.nn.modules.module import _has_any_global_hook
 IN_PLACE = {
     nn.Identity: lambda act, x: x,
     nn.ReLU: lambda act, x: F.relu_(x),
+    nn.PReLU: lambda act, x: act(x),
     nn.LeakyReLU: lambda act, x: F.leaky_relu_(x, act.negative_slope),
 }
 

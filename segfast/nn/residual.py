@@ -214,9 +214,9 @@ class ESP(nn.Module):
         reduced = self.reduce(x)
         maps = [branch(reduced) for branch in self.branches]
         for i in range(2, len(maps)):
-            maps[i] = maps[i] + maps[i - 1]
+            maps[i] = add(maps[i - 1], maps[i])
         y = torch.cat(maps, 1)
-        return self.act(self.bn(x + y if self.residual else y))
+        return self.act(self.bn(add(x, y) if self.residual else y))
 
 
 class Residual(nn.Module):
