@@ -51,7 +51,8 @@ class SegmentationModel(nn.Module):
 
     A subclass gives `outputs(images)` and sets what differs from the attributes below.
 
-    idle: beginnings of the names of parameters that official weights hold and their networks count, but that no output reads.
+    idle: beginnings of the names of parameters that official weights hold and their networks count, but that no output reads
+        (DistributedDataParallel then wants `find_unused_parameters`).
     """
 
     name = "network"

@@ -33,7 +33,7 @@ class BasicBlock(nn.Module):
 
 
 class Encoder(nn.Module):
-    """ResNet whose first stage has stride 2 as well (section 3.3), so that its maps are at 1/8, 1/16, 1/32 and 1/64."""
+    """ResNet whose first stage has stride 2 as well, so that its maps are at 1/8, 1/16, 1/32 and 1/64."""
 
     def __init__(self, depth: int):
         super().__init__()
@@ -130,6 +130,7 @@ OFFICIAL = "feinanshan/FANet"
         source="arXiv:2007.03815, abstract; the speed leaves out BatchNorm and the last resizing",
     ),
     official=OFFICIAL,
+    licence="MIT",
 )
 def fanet18(num_classes: int = 19, **options) -> FANet:
     """FANet on ResNet-18; `aux` adds the training heads."""
@@ -146,6 +147,7 @@ def fanet18(num_classes: int = 19, **options) -> FANet:
         source="arXiv:2007.03815, abstract; the speed leaves out BatchNorm and the last resizing",
     ),
     official=OFFICIAL,
+    licence="MIT",
 )
 def fanet34(num_classes: int = 19, **options) -> FANet:
     """FANet on ResNet-34; `aux` adds the training heads."""

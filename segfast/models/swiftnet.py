@@ -17,7 +17,7 @@ CITYSCAPES = Preprocessing((73.15, 82.90, 72.3), (47.67, 48.49, 47.73), 1.0)
 
 
 class Upsample(nn.Module):
-    """The coarser map resized onto the skip's, added and blended (section 3.3)."""
+    """The coarser map resized onto the skip's, added and blended."""
 
     def __init__(self, skip_channels: int):
         super().__init__()
@@ -85,7 +85,7 @@ LICENCE = "GPL-3.0"
         macs="104.0 G at 1024x2048",
         miou="75.4 val, 75.5 test (Cityscapes)",
         speed="39.9 fps, 1024x2048, GTX 1080 Ti",
-        source="arXiv:1903.08469, table 1",
+        source="arXiv:1903.08469; parameters and MACs as FC-HarDNet's README quotes them, val as later ports do",
     ),
     official=OFFICIAL,
     licence=LICENCE,

@@ -112,12 +112,12 @@ class SwiftNetPyramid(SegmentationModel):
 
 @register_model(
     paper=(
-        "Orsic, Segvic: Efficient Semantic Segmentation with Pyramidal Fusion, Pattern Recognition 110, 2021; the pyramid is "
-        "that of arXiv:1903.08469, section 3.4"
+        "Orsic, Segvic: Efficient Semantic Segmentation with Pyramidal Fusion, Pattern Recognition 110, 2021; the pyramid "
+        "is that of arXiv:1903.08469"
     ),
     parameters=12_056_275,
     macs=128_192_610_304,
-    published=Published(source="The published figures are of other configurations than the authors' repository's"),
+    published=Published(source="the papers print figures of other configurations than the authors' repository"),
     official=OFFICIAL,
     licence=LICENCE,
 )
