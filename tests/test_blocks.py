@@ -351,6 +351,22 @@ def test_fused_units(build, channels, plain, memory_format):
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-3, atol=1e-4 * max(1.0, b.grad.abs().max().item()), msg=name)
 
 
+def test_separable_conv_fuses_on_channels_last():
+    unit = randomise(sf.SeparableConv(4, 6)).eval()
+    x = torch.randn(1, 4, 9, 9)
+    calls = []
+    unit.conv.forward = lambda x: calls.append(x.shape) or nn.Sequential.forward(unit.conv, x)
+    unit(x)
+    assert len(calls) == 1
+    del unit.conv.forward
+    hook = unit.conv[0].register_forward_hook(lambda *args: calls.append(None))  # who watches a layer gets to see it
+    unit(x.contiguous(memory_format=torch.channels_last))
+    assert len(calls) == 2
+    hook.remove()
+    with torch.no_grad():
+        torch.testing.assert_close(unit(x.contiguous(memory_format=torch.channels_last)), unit(x), rtol=1e-4, atol=1e-5)
+
+
 def test_shuffle_unit_errors():
     with pytest.raises(ValueError, match="ShuffleV1Unit: want stride 2"):
         sf.ShuffleV1Unit(12, 24, 3)

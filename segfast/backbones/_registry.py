@@ -62,6 +62,7 @@ def create_backbone(name: str, pretrained: bool = False, weights: str | Path | N
         ImportError: timm or torchvision is needed and missing.
         RuntimeError: the weights are of another network, or cannot be downloaded.
         FileNotFoundError: there is no such file.
+        TypeError: an option that the encoder does not have.
     """
     if name not in OWN and name not in TIMM:
         names = list_backbones()

@@ -6,9 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from segfast import ops
+from segfast import _backend, ops
 from segfast.nn.convolution import ConvBNAct
-from segfast.nn.ds_conv import DSConv
+from segfast.nn.residual import SeparableConv
+from segfast.ops.channel_shuffle import channel_shuffle_reference
 
 
 class ShuffleV1Unit(nn.Module):
@@ -38,7 +39,10 @@ class ShuffleV1Unit(nn.Module):
         self.expand = ConvBNAct(middle, branch, 1, groups=groups, act=None)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = ops.channel_shuffle(self.compress(x), self.groups)
+        y = self.compress(x)
+        # On other layouts eager's copy is as fast as the kernel: benchmarks/units.json.
+        fused = _backend.layout(y) == torch.channels_last
+        y = (ops.channel_shuffle if fused else channel_shuffle_reference)(y, self.groups)
         y = self.expand(self.depthwise(y))
         if self.stride == 1:
             return F.relu(x + y)
@@ -48,8 +52,8 @@ class ShuffleV1Unit(nn.Module):
 class ShuffleV2Unit(nn.Module):
     """Half of the channels pass by, the other half go 1 x 1, depthwise 3 x 3, 1 x 1; then both are shuffled together.
 
-    At stride 2 all channels go both ways. The depthwise and the last 1 x 1 convolution are one fused DSConv, concatenation and
-    shuffle one copy. (ShuffleNet v2, Ma et al., arXiv:1807.11164, fig. 3c and d.)
+    At stride 2 all channels go both ways. The depthwise and the last 1 x 1 convolution are one SeparableConv, which fuses
+    on channels_last maps; concatenation and shuffle are one copy. (ShuffleNet v2, Ma et al., arXiv:1807.11164, fig. 3c and d.)
 
     Args:
         in_channels: of the input; at stride 1 those of the output too, even.
@@ -67,9 +71,9 @@ class ShuffleV2Unit(nn.Module):
         half = out_channels // 2
         self.stride = stride
         if stride == 2:
-            self.shortcut = DSConv(in_channels, half, 2, dw_act=None)
+            self.shortcut = SeparableConv(in_channels, half, 2, dw_act=None)
         self.expand = ConvBNAct(in_channels if stride == 2 else half, half, 1)
-        self.separable = DSConv(half, half, stride, dw_act=None)
+        self.separable = SeparableConv(half, half, stride, dw_act=None)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.stride == 2:
