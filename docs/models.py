@@ -63,10 +63,11 @@ def units(measured: dict) -> str:
     columns = list(measured["rows"][0])
     cells = [[row[column] for column in columns] for row in measured["rows"]]
     rows = [["x".join(map(str, cell)) if isinstance(cell, list) else cell for cell in row] for row in cells]
+    machine = ", ".join(f"{name} {value}" for name, value in measured["machine"].items())
     return f"""## Fused units
 
 Milliseconds of units of these networks at the networks' own shapes, on this package's kernels and in eager PyTorch, by
-`benchmarks/units.py`. A fused unit is the default only where it is at least 1.1 times as fast.
+`benchmarks/units.py` ({machine}). A ratio below 1 is a loss of the kernels; default is what `segfast.nn` runs there.
 
 {catalogue.table([name.replace("_", " ") for name in columns], rows)}
 """
