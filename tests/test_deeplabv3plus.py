@@ -73,3 +73,14 @@ def test_errors():
         segfast.create_model("deeplabv3plus", output_stride=32)
     with pytest.raises(ValueError, match="resnet50"):
         segfast.create_model("deeplabv3plus", backbone="resnet51")
+    with pytest.raises(ValueError, match="want an encoder that can dilate, got 'shufflenetv1_g3'"):
+        segfast.create_model("deeplabv3plus", backbone="shufflenetv1_g3")
+
+
+def test_a_light_encoder():
+    pytest.importorskip("timm")
+    model = segfast.create_model("deeplabv3plus", 3, "mobilenetv2").eval()
+    with torch.no_grad():
+        output = model.forward_features(image(97, 65))
+    assert tuple(output.features["stage4"].shape[2:]) == (7, 5)
+    assert tuple(output.logits.shape) == (1, 3, 25, 17)

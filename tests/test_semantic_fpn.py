@@ -190,3 +190,12 @@ def test_poolformer_names_and_counts():
     with torch.device("meta"):
         model = segfast.create_model("semantic_fpn", 150, "poolformer_s12")
     assert sum(p.numel() for p in model.parameters()) == 15_669_846  # the paper prints 15.7 M
+
+
+@pytest.mark.parametrize("backbone", ["poolformer_s12", "efficientformer_l1", "efficientformerv2_s0", "mobilenetv2"])
+def test_other_encoders(backbone):
+    pytest.importorskip("timm")
+    model = segfast.create_model("semantic_fpn", 3, backbone).eval()
+    assert any(isinstance(norm, nn.GroupNorm) for norm in model.norms) == ("former_" in backbone)
+    with torch.no_grad():
+        assert model(image(75, 101)).shape == (1, 3, 75, 101)

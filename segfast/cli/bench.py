@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -46,7 +47,7 @@ def bench(
         shape = job.read_size(size)
         names = [row["name"] for row in networks("*" if model == "all" else model)]
         if threads:
-            job.torch.set_num_threads(threads)
+            torch.set_num_threads(threads)
         watch(console, names, shape, ways, seconds, runs, file, measurements)
     except (ValueError, ImportError, OSError) as error:
         typer.echo(f"segfast bench: {error}", err=True)
@@ -58,13 +59,8 @@ def bench(
         typer.echo(json.dumps([asdict(m) for m in measurements], indent=1))
         return
     console.print(result_table(measurements, ways))
-    for line in (
-        f"Included: {job.INCLUDED}.",
-        f"{job.WAYS_NOTE[0].upper()}{job.WAYS_NOTE[1:]}.",
-        f"wrote {file}" if file else "",
-    ):
-        if line:
-            console.print(line, markup=False, highlight=False)
+    for line in (f"included: {job.INCLUDED}", job.WAYS_NOTE, *([f"wrote {file}"] if file else [])):
+        console.print(line, markup=False, highlight=False)
 
 
 def watch(console: Console, names, shape, ways, seconds, runs, file, measurements) -> None:

@@ -48,7 +48,7 @@ class DeepLabV3Plus(SegmentationModel):
         **options: of the encoder.
 
     Raises:
-        ValueError: another output stride, or an encoder without a map at stride 4.
+        ValueError: another output stride, or an encoder that cannot dilate or has no map at stride 4.
     """
 
     name = "deeplabv3plus"
@@ -62,7 +62,10 @@ class DeepLabV3Plus(SegmentationModel):
         if backbone.startswith("resnet"):
             # dilation in the place of striding must leave the function of the weights as it was
             options.setdefault("dilate_first", False)
-        self.backbone = create_backbone(backbone, output_stride=output_stride, **options)
+        try:
+            self.backbone = create_backbone(backbone, output_stride=output_stride, **options)
+        except TypeError as error:
+            raise ValueError(f"deeplabv3plus: want an encoder that can dilate, got {backbone!r}: {error}") from error
         strides = tuple(self.backbone.strides)
         if 4 not in strides or strides[-1] != output_stride:
             raise ValueError(
