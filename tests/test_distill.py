@@ -468,7 +468,8 @@ def test_taps_are_before_the_activations(network):
     taps.close()
     for tap in found:
         assert (maps[tap.path] < 0).any()
-        assert torch.equal(maps[tap.path].relu(), out.features[tap.stage]), tap
+        if (network, tap.stage) != ("fast_scnn", "pre_logits"):  # a sum that no module makes: its last BatchNorm's output
+            assert torch.equal(maps[tap.path].relu(), out.features[tap.stage]), tap
         assert tap.channels == out.features[tap.stage].shape[1]
         assert tap.stride == 64 / out.features[tap.stage].shape[2]
         assert isinstance(model.get_submodule(tap.norm), nn.BatchNorm2d)
@@ -495,6 +496,10 @@ def test_taps_of_other_shapes():
     assert found[0].norm is None
     assert found[2].norm == "fuse.1"
     images, target = batch()
+    changed = distill.create_method("overhaul", Tiny(residual=True), model, overhaul={"taps": [("stage1.bn1", "fuse")]})
+    with pytest.raises(ValueError, match="changes in place"):
+        changed(images, target)
+    changed.close()
     del model.taps
     _, terms = distill.create_method("overhaul", Tiny(), model)(images, target)  # margins of a map without a BatchNorm
     assert math.isfinite(terms["overhaul"])
