@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from segfast import distill, ops
 from segfast.distill._method import valid_pixels
 from segfast.distill._taps import Probe, Taps
-from segfast.models import create_model
+from segfast.models import create_model, list_models
 from segfast.models._base import Output, SegmentationModel
 
 CLASSES = 5
@@ -477,6 +477,26 @@ def test_taps_are_before_the_activations(network):
         assert [tap.norm for tap in found[:2]] == ["stage1.bn1", "stage2.bn1"]  # not the shortcuts', which run later
 
 
+@pytest.mark.parametrize("name", list_models() if EFFORT == "full" else list_models()[::4])
+def test_taps_of_every_network(name):
+    """Every stage has one, with a BatchNorm of its channels or none; the teacher's run, which may work in place, gives them."""
+    torch.manual_seed(0)
+    model = create_model(name, num_classes=CLASSES).eval()
+    found = distill.find_taps(model)
+    taps = Taps(model, [tap.path for tap in found])
+    with torch.no_grad():
+        out = model.forward_features(torch.randn(1, 3, 128, 128))
+    maps = taps.take(out)
+    taps.close()
+    assert {tap.stage for tap in found} <= set(out.features)
+    assert found[-1].stage == "pre_logits"
+    for tap in found:
+        assert maps[tap.path].shape == out.features[tap.stage].shape
+        assert tap.norm is None or model.get_submodule(tap.norm).num_features == tap.channels
+        if tap.path not in out.features and isinstance(model.get_submodule(tap.path), nn.ReLU):
+            assert torch.equal(maps[tap.path].relu(), out.features[tap.stage]), tap
+
+
 def test_taps_of_other_shapes():
     class Linear(Tiny):
         """A stage that ends in a sum, as inverted residuals do, one without a BatchNorm, and taps that the network states."""
@@ -495,6 +515,17 @@ def test_taps_of_other_shapes():
     assert [tap.path for tap in found] == ["stage1.0", "fuse.1", "fuse"]
     assert found[0].norm is None
     assert found[2].norm == "fuse.1"
+
+    class Twice(Tiny):
+        """A stage that runs at two scales: the last run is not what the features hold."""
+
+        def outputs(self, images):
+            out = super().outputs(images)
+            self.stage1(images[..., ::2, ::2])
+            return out
+
+    twice = distill.find_taps(Twice())
+    assert [(tap.path, tap.norm) for tap in twice[:2]] == [("stage1", "stage1.1"), ("stage2.2", "stage2.1")]
     images, target = batch()
     changed = distill.create_method("overhaul", Tiny(residual=True), model, overhaul={"taps": [("stage1.bn1", "fuse")]})
     with pytest.raises(ValueError, match="changes in place"):

@@ -135,7 +135,7 @@ def batch_statistics(network: nn.Module, wanted: bool = True) -> Iterator[None]:
 
 
 class Tap(NamedTuple):
-    """A place in a network where a map can be had.
+    """A place in a network where a map can be had; of a module that runs several times a named path takes the last.
 
     stage: the key of `Output.features` that it stands for, or its path.
     path: what `Taps` takes.
@@ -220,17 +220,25 @@ class Probe:
             raise ValueError(f"distill: want a module path of {name} with a map, or one of its features ({keys}), got {path!r}")
         return Tap(stage or path, path, norm, x.shape[1], self.size[0] / x.shape[2])
 
+    def at(self, index: int, stage: str) -> Tap:
+        record = self.records[index]
+        # Of a module that runs several times hooks keep the last map: the key of the features says which is meant.
+        once = sum(r.path == record.path for r in self.records) == 1
+        path = record.path if once else stage
+        return Tap(stage, path, self.norm_before(index), record.x.shape[1], self.size[0] / record.x.shape[2])
+
     def norm_before(self, index: int) -> str | None:
         record = self.records[index]
         if isinstance(record.module, BATCH_NORMS):
             return record.path
         earlier = [r for r in self.records[:index] if isinstance(r.module, BATCH_NORMS) and r.x.shape == record.x.shape]
-        inside = [r for r in earlier if r.path.startswith(f"{record.path}.")]
-        parent = record.path.rpartition(".")[0]
-        # A residual sum: its last BatchNorm lies beside the activation, that of the shortcut deeper or in a module of its own.
-        beside = [r for r in earlier if r.path.rpartition(".")[0] == parent] if isinstance(record.module, ACTIVATIONS) else []
         same = [r for r in earlier if torch.equal(r.x, record.x)]
-        for found in (same, inside, beside, earlier):
+        # An activation may follow a sum, made by the module that it lies in: the last BatchNorm of the main branch lies beside
+        # it, that of the shortcut, which may run later, in a module of its own.
+        parent = record.path.rpartition(".")[0] if isinstance(record.module, ACTIVATIONS) else record.path
+        inside = [r for r in earlier if r.path.startswith(f"{parent}.")]
+        beside = [r for r in inside if r.path.rpartition(".")[0] == parent]
+        for found in (same, beside, inside):
             if found:
                 return found[-1].path
         return None
@@ -242,20 +250,20 @@ class Probe:
         activations = [(i, r) for i, r in alike if isinstance(r.module, ACTIVATIONS)]
         norms = [(i, r) for i, r in alike if isinstance(r.module, BATCH_NORMS)]
         with torch.no_grad():
-            for _, r in reversed(activations):
+            for i, r in reversed(activations):
                 if torch.equal(r.module(r.x.clone()), x):
-                    return self.tap(r.path, stage)
-            for _, r in reversed(norms):
+                    return self.at(i, stage)
+            for i, r in reversed(norms):
                 candidates = (r.x, r.x.relu(), r.x.clamp(0, 6), F.silu(r.x), F.hardswish(r.x))
                 if any(torch.equal(candidate, x) for candidate in candidates):
-                    return self.tap(r.path, stage)
+                    return self.at(i, stage)
         made = [(i, r) for i, r in alike if not isinstance(r.module, ACTIVATIONS) and torch.equal(r.x, x)]
         if made and x.min() < 0:
-            return self.tap(made[0][1].path, stage)
+            return self.at(made[0][0], stage)
         until = made[0][0] if made else len(self.records)
-        earlier = [r for i, r in norms if i < until]
+        earlier = [i for i, _ in norms if i < until]
         if earlier and x.min() >= 0:
-            return self.tap(earlier[-1].path, stage)
+            return self.at(earlier[-1], stage)
         return self.tap(stage)
 
 
