@@ -64,10 +64,9 @@ class FeatureFusion(nn.Module):
         self.low = DSConv(low_channels, out_channels, act=None)
         self.low.conv[3] = nn.Conv2d(low_channels, out_channels, 1)
         self.high = ConvBNAct(high_channels, out_channels, 1, bias=True, act=None)
-        self.act = nn.ReLU(inplace=True)  # a module: distillation taps what goes into it
 
     def forward(self, high: Tensor, low: Tensor) -> Tensor:
-        return self.act(add(self.high(high), self.low(resize(low, high.shape[2:], align_corners=True))))
+        return add(self.high(high), self.low(resize(low, high.shape[2:], align_corners=True)), relu=True)
 
 
 class Classifier(nn.Module):
