@@ -21,7 +21,7 @@ import torch
 
 from segfast import create_model
 from segfast.cli.options import Reporter
-from segfast.engine import Config, checkpoint, fit
+from segfast.engine import Config, Stopped, checkpoint, fit
 from segfast.engine.environment import environment
 from segfast.engine.run import Network
 
@@ -47,7 +47,7 @@ METHODS = {
     "pair-wise": ("pixel-wise+pair-wise", {}),
     "holistic": ("pixel-wise+pair-wise+holistic", {}),
     "overhaul": ("overhaul", {}),
-    "adaptation": ("adaptation", {}),
+    "adaptation": ("adaptation", {"adaptation": {"steps": 400}}),
     "channel-wise": ("channel-wise", {}),
 }
 LABELS = {
@@ -122,8 +122,11 @@ def commit() -> str:
 def one(run: str, seed: int, root: str, work: Path, steps: int | None) -> dict:
     """Do a run (or go on with it) and describe it."""
     chosen = config(run, seed, root, work, steps)
-    with Reporter() as reporter:
-        result = fit(chosen, work / folder(run, seed, steps), reporter.say, reporter.progress)
+    try:
+        with Reporter() as reporter:
+            result = fit(chosen, work / folder(run, seed, steps), reporter.say, reporter.progress)
+    except Stopped as stop:
+        raise SystemExit(f"{stop}; the state is saved, the same command goes on with it") from None
     facts = environment()
     command = f"python benchmarks/camvid.py --root ROOT --run {run} --seed {seed}" + (f" --steps {steps}" if steps else "")
     return {
