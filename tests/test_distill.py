@@ -11,13 +11,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import EFFORT, count
-from harness import reference_only, same_bits
+from harness import judge, reference_only, same_bits
 from torch import Tensor, nn
 
-from segfast import distill
+from segfast import distill, ops
 from segfast.distill._method import valid_pixels
 from segfast.distill._taps import Probe, Taps
-from segfast.models import create_model
+from segfast.models import create_model, list_models
 from segfast.models._base import Output, SegmentationModel
 
 CLASSES = 5
@@ -468,12 +468,33 @@ def test_taps_are_before_the_activations(network):
     taps.close()
     for tap in found:
         assert (maps[tap.path] < 0).any()
-        assert torch.equal(maps[tap.path].relu(), out.features[tap.stage]), tap
+        if (network, tap.stage) != ("fast_scnn", "pre_logits"):  # a sum that no module makes: its last BatchNorm's output
+            assert torch.equal(maps[tap.path].relu(), out.features[tap.stage]), tap
         assert tap.channels == out.features[tap.stage].shape[1]
         assert tap.stride == 64 / out.features[tap.stage].shape[2]
         assert isinstance(model.get_submodule(tap.norm), nn.BatchNorm2d)
     if network == "residual":
         assert [tap.norm for tap in found[:2]] == ["stage1.bn1", "stage2.bn1"]  # not the shortcuts', which run later
+
+
+@pytest.mark.parametrize("name", list_models() if EFFORT == "full" else list_models()[::4])
+def test_taps_of_every_network(name):
+    """Every stage has one, with a BatchNorm of its channels or none; the teacher's run, which may work in place, gives them."""
+    torch.manual_seed(0)
+    model = create_model(name, num_classes=CLASSES).eval()
+    found = distill.find_taps(model)
+    taps = Taps(model, [tap.path for tap in found])
+    with torch.no_grad():
+        out = model.forward_features(torch.randn(1, 3, 128, 128))
+    maps = taps.take(out)
+    taps.close()
+    assert {tap.stage for tap in found} <= set(out.features)
+    assert found[-1].stage == "pre_logits"
+    for tap in found:
+        assert maps[tap.path].shape == out.features[tap.stage].shape
+        assert tap.norm is None or model.get_submodule(tap.norm).num_features == tap.channels
+        if tap.path not in out.features and isinstance(model.get_submodule(tap.path), nn.ReLU):
+            assert torch.equal(maps[tap.path].relu(), out.features[tap.stage]), tap
 
 
 def test_taps_of_other_shapes():
@@ -494,7 +515,22 @@ def test_taps_of_other_shapes():
     assert [tap.path for tap in found] == ["stage1.0", "fuse.1", "fuse"]
     assert found[0].norm is None
     assert found[2].norm == "fuse.1"
+
+    class Twice(Tiny):
+        """A stage that runs at two scales: the last run is not what the features hold."""
+
+        def outputs(self, images):
+            out = super().outputs(images)
+            self.stage1(images[..., ::2, ::2])
+            return out
+
+    twice = distill.find_taps(Twice())
+    assert [(tap.path, tap.norm) for tap in twice[:2]] == [("stage1", "stage1.1"), ("stage2.2", "stage2.1")]
     images, target = batch()
+    changed = distill.create_method("overhaul", Tiny(residual=True), model, overhaul={"taps": [("stage1.bn1", "fuse")]})
+    with pytest.raises(ValueError, match="changes in place"):
+        changed(images, target)
+    changed.close()
     del model.taps
     _, terms = distill.create_method("overhaul", Tiny(), model)(images, target)  # margins of a map without a BatchNorm
     assert math.isfinite(terms["overhaul"])
@@ -790,6 +826,9 @@ def test_against_mmrazor():
     losses = pytest.importorskip("mmrazor.models.losses")
     student, teacher = randn(2, 5, 6, 7), randn(2, 5, 6, 7, seed=1)
     close(distill.ChannelWiseLoss(3.0)(student, teacher), losses.ChannelWiseDivergence(tau=3.0)(student, teacher))
+    margin = torch.full((5,), -0.4, dtype=torch.float64)
+    own = ops.overhaul_loss(student, teacher, margin, reduction="batchmean")
+    close(own, losses.OFDLoss(mul_factor=1.0)(student, teacher.clamp(min=-0.4)))
 
 
 # Target 13 of the convergence of distillation: fused against eager, from the same start on the same batches.
@@ -819,6 +858,38 @@ def course(fused, steps, seed, dtype, layout=torch.contiguous_format, nudge=0.0)
             optimizer.step()
             losses.append(sum(terms.values()))
     return losses
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=("float32", "bfloat16"))
+def test_one_step(dtype):
+    """The loss and every gradient of one step from the same state are within the error rule of the ops."""
+    images, target = batch(2, (64, 96))
+    name = "pixel-wise+pair-wise+channel-wise+overhaul"
+
+    def pair():
+        torch.manual_seed(0)
+        return [create_model("fast_scnn", num_classes=CLASSES, width=width) for width in (0.25, 0.4)]
+
+    names = [key for key, _ in pair()[0].named_parameters()]
+
+    def run(call):
+        images, *values = call
+        student, teacher = (network.to(images.dtype) for network in pair())
+        method = distill.create_method(name, student, teacher)
+        method.terms.to(images.dtype)
+        with torch.no_grad():
+            for p, value in zip(student.parameters(), values, strict=True):
+                p.copy_(value)
+        wide = images.dtype == torch.float64
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16 and not wide):
+            loss, _ = method(images, target)
+        loss.backward()
+        return [loss.detach(), *(p.grad for p in student.parameters())]
+
+    call = (images, *(p.detach() for p in pair()[0].parameters()))
+    actual = run(call)
+    with reference_only():
+        judge("a step", ["outputs[0]", *(f"grads {key}" for key in names)], actual, run, call, torch.float32)
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=("float32", "bfloat16"))

@@ -144,3 +144,17 @@ def test_pixelwise_kl_of_more_than_2_to_the_31_elements(layout):
         ignored = torch.ones(1, 32768, 32784, dtype=torch.bool)
         ignored[0, -1, -1] = False
         assert ops.pixelwise_kl(x, x, mask=ignored, reduction="sum") == 0
+
+
+@full_only
+@pytest.mark.parametrize("layout", (torch.contiguous_format, torch.channels_last), ids=("contiguous", "channels_last"))
+def test_overhaul_loss_of_more_than_2_to_the_31_elements(layout):
+    """Forward alone, of one tensor as student and teacher: all is 0 but for what lies behind element 2^31."""
+    x = torch.ones(1, 2, 32768, 32784, dtype=torch.bfloat16).to(memory_format=layout)
+    assert x.numel() > 2**31
+    margin = torch.tensor([-1.0, -1.0])
+    with torch.no_grad():
+        assert ops.overhaul_loss(x, x, margin, reduction="sum") == 0
+        x[0, 1, -1, -1] = -3  # the margin makes -1 of the teacher's, which the student's -3 may stay below
+        assert ops.overhaul_loss(x, x, margin, reduction="sum") == 0
+        assert ops.overhaul_loss(x, x, torch.tensor([-1.0, 2.0]), reduction="sum") == (x.numel() // 2 - 1) + 25

@@ -158,6 +158,7 @@ class Method:
         Raises:
             ValueError: a tap caught nothing, or sizes that do not fit.
         """
+        self.teacher.eval()
         if student_out is None:
             self.student_taps.clear()
             student_out = run(self.student, images)

@@ -45,6 +45,7 @@ class Taps:
     def __init__(self, network: nn.Module, names: Iterable[str], only_with_grad: bool = False):
         self.network, self.names, self.only_with_grad = network, list(names), only_with_grad
         self.maps: dict[str, Tensor] = {}
+        self.versions: dict[str, int] = {}
         self.modules = {name: module_at(network, name) for name in self.names if has_module(network, name)}
         self.handles = [self.watch(name, module) for name, module in self.modules.items()]
 
@@ -52,6 +53,8 @@ class Taps:
         def keep(x):
             if torch.is_grad_enabled() or not self.only_with_grad:
                 self.maps[name] = x
+                if not torch.compiler.is_compiling():
+                    self.versions[name] = x._version
 
         def before(module, args):
             if getattr(module, "inplace", False):
@@ -62,33 +65,44 @@ class Taps:
             return None
 
         def after(module, args, output):
-            keep(output)
+            # Without gradients a network may well add the next thing in place, as those of segfast.models do.
+            keep(output if torch.is_grad_enabled() else output.clone())
 
         if isinstance(module, ACTIVATIONS):
             return module.register_forward_pre_hook(before)
         return module.register_forward_hook(after)
 
     def take(self, output: Output, names: Iterable[str] | None = None) -> dict[str, Tensor]:
-        """The maps by tap of the latest run, whose `output` this is; they are forgotten here."""
+        """The maps by tap of the latest run, whose `output` this is; they are forgotten here.
+
+        Raises:
+            ValueError: a tap caught nothing, or a map that the network has changed in place since.
+        """
+        network = getattr(self.network, "name", type(self.network).__name__)
         taken = {}
         for name in self.names if names is None else names:
             if name in self.maps:
                 taken[name] = self.maps[name]
+                if self.maps[name]._version != self.versions.get(name, self.maps[name]._version):
+                    raise ValueError(
+                        f"distill: want a tap of {network} whose map stays as it is, got {name!r}, which what follows changes in "
+                        f"place: name the activation behind it"
+                    )
             elif name in output.features:
                 taken[name] = output.features[name]
             else:
-                network = getattr(self.network, "name", type(self.network).__name__)
                 raise ValueError(f"distill: want a run of {network} that passes the tap {name!r}, got none since the last call")
-        self.maps.clear()
+        self.clear()
         return taken
 
     def clear(self) -> None:
         """Forget the maps."""
         self.maps.clear()
+        self.versions.clear()
 
     def close(self) -> None:
         """Remove the hooks."""
-        self.maps.clear()
+        self.clear()
         for handle in self.handles:
             handle.remove()
         self.handles.clear()
@@ -121,7 +135,7 @@ def batch_statistics(network: nn.Module, wanted: bool = True) -> Iterator[None]:
 
 
 class Tap(NamedTuple):
-    """A place in a network where a map can be had.
+    """A place in a network where a map can be had; of a module that runs several times a named path takes the last.
 
     stage: the key of `Output.features` that it stands for, or its path.
     path: what `Taps` takes.
@@ -141,10 +155,11 @@ class Record(NamedTuple):
     path: str
     module: nn.Module
     x: Tensor  # an activation's input, any other module's output
+    version: int
 
 
 class Probe:
-    """One run of a network on noise, in evaluation mode and without gradients, to see which maps its modules make.
+    """One run of a network on noise, in evaluation mode, to see which maps its modules make.
 
     Args:
         network: left as it was found.
@@ -160,8 +175,11 @@ class Probe:
         images = torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(0)).to(weight.device, weight.dtype)
         try:
             network.eval()
-            with torch.no_grad():
-                self.output = run(network, images)
+            with torch.enable_grad():  # without gradients networks may work in place
+                output = run(network, images)
+            features = {key: x.detach() for key, x in output.features.items()}
+            self.output = Output(output.logits.detach(), (), features)
+            self.records = [r for r in self.records if r.x._version == r.version]
         finally:
             for handle in handles:
                 handle.remove()
@@ -170,12 +188,14 @@ class Probe:
 
     def watch(self, path: str, module: nn.Module):
         def before(module, args):
-            self.records.append(Record(path, module, args[0].clone()))
+            x = args[0].detach().clone()
+            self.records.append(Record(path, module, x, x._version))
 
         def after(module, args, output):
             if isinstance(output, Tensor) and output.dim() == 4:
-                # What comes next may work in place.
-                self.records.append(Record(path, module, output.clone() if isinstance(module, BATCH_NORMS) else output))
+                x = output.detach()
+                x = x.clone() if isinstance(module, BATCH_NORMS) else x  # what comes next may work in place
+                self.records.append(Record(path, module, x, x._version))
 
         if isinstance(module, ACTIVATIONS):
             return module.register_forward_pre_hook(before)
@@ -200,17 +220,25 @@ class Probe:
             raise ValueError(f"distill: want a module path of {name} with a map, or one of its features ({keys}), got {path!r}")
         return Tap(stage or path, path, norm, x.shape[1], self.size[0] / x.shape[2])
 
+    def at(self, index: int, stage: str) -> Tap:
+        record = self.records[index]
+        # Of a module that runs several times hooks keep the last map: the key of the features says which is meant.
+        once = sum(r.path == record.path for r in self.records) == 1
+        path = record.path if once else stage
+        return Tap(stage, path, self.norm_before(index), record.x.shape[1], self.size[0] / record.x.shape[2])
+
     def norm_before(self, index: int) -> str | None:
         record = self.records[index]
         if isinstance(record.module, BATCH_NORMS):
             return record.path
         earlier = [r for r in self.records[:index] if isinstance(r.module, BATCH_NORMS) and r.x.shape == record.x.shape]
-        inside = [r for r in earlier if r.path.startswith(f"{record.path}.")]
-        parent = record.path.rpartition(".")[0]
-        # A residual sum: its last BatchNorm lies beside the activation, that of the shortcut deeper or in a module of its own.
-        beside = [r for r in earlier if r.path.rpartition(".")[0] == parent] if isinstance(record.module, ACTIVATIONS) else []
         same = [r for r in earlier if torch.equal(r.x, record.x)]
-        for found in (same, inside, beside, earlier):
+        # An activation may follow a sum, made by the module that it lies in: the last BatchNorm of the main branch lies beside
+        # it, that of the shortcut, which may run later, in a module of its own.
+        parent = record.path.rpartition(".")[0] if isinstance(record.module, ACTIVATIONS) else record.path
+        inside = [r for r in earlier if r.path.startswith(f"{parent}.")]
+        beside = [r for r in inside if r.path.rpartition(".")[0] == parent]
+        for found in (same, beside, inside):
             if found:
                 return found[-1].path
         return None
@@ -222,20 +250,20 @@ class Probe:
         activations = [(i, r) for i, r in alike if isinstance(r.module, ACTIVATIONS)]
         norms = [(i, r) for i, r in alike if isinstance(r.module, BATCH_NORMS)]
         with torch.no_grad():
-            for _, r in reversed(activations):
+            for i, r in reversed(activations):
                 if torch.equal(r.module(r.x.clone()), x):
-                    return self.tap(r.path, stage)
-            for _, r in reversed(norms):
+                    return self.at(i, stage)
+            for i, r in reversed(norms):
                 candidates = (r.x, r.x.relu(), r.x.clamp(0, 6), F.silu(r.x), F.hardswish(r.x))
                 if any(torch.equal(candidate, x) for candidate in candidates):
-                    return self.tap(r.path, stage)
+                    return self.at(i, stage)
         made = [(i, r) for i, r in alike if not isinstance(r.module, ACTIVATIONS) and torch.equal(r.x, x)]
         if made and x.min() < 0:
-            return self.tap(made[0][1].path, stage)
+            return self.at(made[0][0], stage)
         until = made[0][0] if made else len(self.records)
-        earlier = [r for i, r in norms if i < until]
+        earlier = [i for i, _ in norms if i < until]
         if earlier and x.min() >= 0:
-            return self.tap(earlier[-1].path, stage)
+            return self.at(earlier[-1], stage)
         return self.tap(stage)
 
 

@@ -95,11 +95,10 @@ class FeatureFusion(nn.Module):
         self.dwconv = ConvBNReLU(low_channels, out_channels, 3, groups=low_channels, padding=1)
         self.conv_lower_res = nn.Sequential(nn.Conv2d(out_channels, out_channels, 1), nn.BatchNorm2d(out_channels))
         self.conv_higher_res = nn.Sequential(nn.Conv2d(high_channels, out_channels, 1), nn.BatchNorm2d(out_channels))
-        self.act = nn.ReLU()  # a module: distillation taps what goes into it
 
     def forward(self, high: Tensor, low: Tensor) -> Tensor:
         low = self.conv_lower_res(self.dwconv(resize(low, high.shape[2:])))
-        return self.act(self.conv_higher_res(high) + low)
+        return F.relu(self.conv_higher_res(high) + low)
 
 
 class Classifier(nn.Module):
