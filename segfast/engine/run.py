@@ -385,7 +385,8 @@ class Run:
             try:
                 batches = self.batches(self.step * config.accumulate, config.steps * config.accumulate)
                 train(
-                    self.trained, batches, self.compute_loss, self.optimizer, config.steps, poly(config.power, config.warmup / config.steps), done,
+                    self.trained, batches, self.compute_loss, self.optimizer, config.steps,
+                    poly(config.power, config.warmup / config.steps), done,
                     start=self.step, accumulate=config.accumulate, clip=config.clip, scaler=self.scaler,
                     autocast=lambda: torch.autocast(self.device.type, dtype, enabled=dtype is not None),
                     before_step=self.method.average_gradients if self.method and self.processes.world > 1 else None,
