@@ -98,7 +98,9 @@ VARIANTS = {
         "ema": 0.9, "accumulate": 2, "clip": 1.0, "warmup": 2, "colour": 0.2, "eval_every": 4, "label_smoothing": 0.1
     },
     "sgd, bfloat16, hard pixels": {"optimizer": "sgd", "precision": "bf16", "ohem": 0.7, "class_weights": "balanced"},
-    "distillation": {"method": "structured"},
+    "distillation with a critic and an auto-encoder": {
+        "method": "structured+adaptation", "method_options": {"adaptation": {"steps": 2}},
+    },
     "distillation from the cache": {"method": "pixel-wise", "cache": True, "workers": 1},
 }  # fmt: skip
 

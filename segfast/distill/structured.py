@@ -292,6 +292,8 @@ class Holistic(Term):
         mask = None if self.ignore_index is None else cells(batch.target, fake.shape[2:], self.ignore_index)
         if mask is not None:
             fake, real = (torch.where(mask.unsqueeze(1), x, 0) for x in (fake, real))
+        # PyTorch 2.13 crashes in the penalty's double backward on the CPU where maps are channels_last.
+        real, fake, images = (x.contiguous() for x in (real, fake, images))
         self.latest = real.detach(), fake.detach(), images
         with torch.autocast(fake.device.type, enabled=False):
             return {"holistic": -self.weight * self.critic(fake, images).mean()}

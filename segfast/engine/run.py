@@ -315,20 +315,33 @@ class Run:
         teacher = None if logits is None else Output(logits, (), {})
         return self.method(images, labels, student_out=output, teacher_out=teacher)
 
-    def batches(self) -> Iterator[tuple[Tensor, ...]]:
-        config, world, rank = self.config, self.processes.world, self.processes.rank
-        own = config.batch // world
-        first, last = self.step * config.accumulate, config.steps * config.accumulate
-        positions = [list(range(b * config.batch + rank * own, b * config.batch + (rank + 1) * own)) for b in range(first, last)]
+    def batches(self, first: int, last: int) -> Iterator[tuple[Tensor, ...]]:
+        """This process's share of the batches `first` to `last`, on the device, ready for the network."""
+        size, world, rank = self.config.batch, self.processes.world, self.processes.rank
+        own = size // world
+        positions = [list(range(b * size + rank * own, b * size + (rank + 1) * own)) for b in range(first, last)]
         # Its own generator: a loader draws a seed when it starts, which a resumed run would draw once more.
         loader = DataLoader(
-            self.stream, batch_sampler=positions, num_workers=config.workers, generator=torch.Generator(),
-            persistent_workers=False, pin_memory=self.device.type == "cuda", worker_init_fn=one_thread,
+            self.stream, batch_sampler=positions, num_workers=self.config.workers, generator=torch.Generator(),
+            pin_memory=self.device.type == "cuda",
         )  # fmt: skip
         for images, *rest in loader:
             images = images.to(self.device, non_blocking=True)
             images = self.prepare(images).contiguous(memory_format=self.memory_format)
             yield (images, *(x.to(self.device, non_blocking=True) for x in rest))
+
+    def prepare_method(self) -> None:
+        """Let the method train what it trains before the student, once."""
+        batches = max(1, len(self.train_set) // self.config.batch)
+        steps = max([batches, *(options.get("steps") or 0 for options in self.config.method_options.values())])
+
+        def progress(done: int, values: dict[str, float]) -> None:
+            if self.signal and self.processes.world == 1:
+                raise Stopped(self.signal, 0)
+            self.progress("prepare the method", done, max(done, steps), values)
+
+        self.method.prepare(Again(lambda: self.batches(0, batches)), progress)
+        self.save()
 
     def go(self) -> dict:
         config = self.config
@@ -336,6 +349,8 @@ class Run:
         if self.step == config.steps and not self.due and result.is_file():
             return json.loads(result.read_text())
         with self.signals():
+            if self.method and self.step == 0:
+                self.prepare_method()
             if self.due:
                 self.evaluate()
             began = time.perf_counter() - self.seconds
@@ -368,8 +383,9 @@ class Run:
                     self.trained.train()
 
             try:
+                batches = self.batches(self.step * config.accumulate, config.steps * config.accumulate)
                 train(
-                    self.trained, self.batches(), self.compute_loss, self.optimizer, config.steps,
+                    self.trained, batches, self.compute_loss, self.optimizer, config.steps,
                     poly(config.power, config.warmup / config.steps), done,
                     start=self.step, accumulate=config.accumulate, clip=config.clip, scaler=self.scaler,
                     autocast=lambda: torch.autocast(self.device.type, dtype, enabled=dtype is not None),
@@ -526,8 +542,14 @@ class Run:
         self.processes.close()
 
 
-def one_thread(_: int) -> None:
-    torch.set_num_threads(1)
+class Again:
+    """An iterable that starts anew each time, made of a function that starts it."""
+
+    def __init__(self, start: Callable[[], Iterator]):
+        self.start = start
+
+    def __iter__(self) -> Iterator:
+        return self.start()
 
 
 def make_optimizer(config: Config, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:

