@@ -29,9 +29,12 @@ SCHEMAS = {
     "pairwise_loss": ("pairwise_loss", "pairwise_loss_backward"),
     "pairwise_cosine": ("pairwise_cosine", "pairwise_cosine_backward"),
     "ds_conv": ("ds_conv", "ds_conv_train", "ds_conv_backward"),
+    "upsample_argmax": ("upsample_argmax",),
+    "upsample_cross_entropy": ("upsample_cross_entropy", "upsample_cross_entropy_backward"),
+    "upsample_pixelwise_kl": ("upsample_pixelwise_kl", "upsample_pixelwise_kl_backward"),
 }
 # A teacher that wants a gradient gets its reference: only the student's comes from the kernel.
-INPUTS = {"pixelwise_kl": [0]}
+INPUTS = {"pixelwise_kl": [0], "upsample_pixelwise_kl": [0]}
 assert triton.knobs.runtime.interpret
 assert _backend.requested == "triton"
 library = torch.library.Library("segfast", "IMPL")

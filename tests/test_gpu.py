@@ -13,7 +13,7 @@ from segfast import _backend, ops, testing
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")]
 every_op = pytest.mark.parametrize("op", OPS)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
-DIFFERENTIABLE = {"pixelwise_kl": [0]}  # a teacher that wants a gradient gets its reference
+DIFFERENTIABLE = {"pixelwise_kl": [0], "upsample_pixelwise_kl": [0]}  # a teacher that wants a gradient gets its reference
 
 
 def block(training: bool, dtype: torch.dtype, **changes) -> testing.Sample:
