@@ -98,7 +98,8 @@ def test_inside_a_cuda_graph(op):
 
         def step(first=first, function=function, sample=sample):
             outputs = torch.utils._pytree.tree_leaves(function(*sample.args, **sample.kwargs))
-            return outputs[0], torch.autograd.grad(outputs[0].sum(), first)[0]
+            y = outputs[0]
+            return (y, torch.autograd.grad(y.sum(), first)[0]) if y.requires_grad else (y,)
 
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
