@@ -69,6 +69,9 @@ def cases() -> Iterator[tuple[str, Callable[[], Tensor], Callable[[], Tensor], l
     from segfast.ops.ds_conv import ds_conv_reference
     from segfast.ops.pairwise_loss import pairwise_loss_reference
     from segfast.ops.pixelwise_kl import pixelwise_kl_reference
+    from segfast.ops.upsample_argmax import upsample_argmax_reference
+    from segfast.ops.upsample_cross_entropy import upsample_cross_entropy_reference
+    from segfast.ops.upsample_pixelwise_kl import upsample_pixelwise_kl_reference
 
     def random(*size, dtype=torch.float32, layout=torch.contiguous_format, gradient=False):
         return torch.randn(size, device="cuda").to(dtype).contiguous(memory_format=layout).requires_grad_(gradient)
@@ -103,6 +106,20 @@ def cases() -> Iterator[tuple[str, Callable[[], Tensor], Callable[[], Tensor], l
                     lambda s=s, t=t: ops.pixelwise_kl(s, t),
                     lambda s=s, t=t: pixelwise_kl_reference(s, t),
                     [s],
+                )
+            x = random(2, 19, 64, 128, dtype=dtype, layout=layout, gradient=True)
+            t = random(2, 19, 128, 256, dtype=dtype, layout=layout)
+            target = torch.randint(0, 19, (2, 512, 1024), device="cuda")
+            for op, reference, inputs in (
+                (ops.upsample_argmax, upsample_argmax_reference, (x, (512, 1024))),
+                (ops.upsample_cross_entropy, upsample_cross_entropy_reference, (x, target)),
+                (ops.upsample_pixelwise_kl, upsample_pixelwise_kl_reference, (x, t, (512, 1024))),
+            ):
+                yield (
+                    f"{op.__name__} 2x19x64x128 -> 512x1024 {kind} {dtype}",
+                    lambda op=op, inputs=inputs: op(*inputs),
+                    lambda reference=reference, inputs=inputs: reference(*inputs),
+                    [x] if op is not ops.upsample_argmax else [],
                 )
             x = random(4, 116, 64, 128, dtype=dtype, layout=layout)
             pair = list(x.chunk(2, 1))

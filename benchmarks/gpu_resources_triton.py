@@ -224,6 +224,34 @@ def pairwise_cases():
         yield f"pairwise_cosine_backward-{name}", lambda s=s, square=square, backward=backward: backward(square, s, 1e-8)
 
 
+def upsample_cases():
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        for channels_last in (False, True):
+            if channels_last and dtype != torch.bfloat16:
+                continue
+            x, t = (feature_map(2, 19, 64 * k, 128 * k, dtype, channels_last) for k in (1, 2))
+            target = torch.empty(2, 512, 1024, dtype=torch.uint8, device=META)
+            weight = torch.empty(19, dtype=torch.float64 if dtype == torch.float64 else torch.float32, device=META)
+            name = f"{str(dtype).removeprefix('torch.')}-{'NHWC' if channels_last else 'NCHW'}"
+            heads = launcher("upsample_argmax"), launcher("upsample_cross_entropy"), launcher("upsample_pixelwise_kl")
+
+            def argmax(x=x, run=heads[0]):
+                for probability in (False, True):
+                    run(x, (512, 1024), False, 1, probability)
+
+            def cross_entropy(x=x, target=target, weight=weight, run=heads[1]):
+                run(x, target, None, 255, 0.0, 0.0, 0, False, 1, True)
+                run(x, target.long(), weight, 255, 0.1, 0.7, 1000, True, 1, True)
+
+            def divergence(x=x, t=t, target=target, run=heads[2]):
+                run(x, t, None, (512, 1024), 1.0, False, 1, True)
+                run(x, t, target != 255, (512, 1024), 4.0, False, 1, True)
+
+            yield f"upsample_argmax-{name}", argmax
+            yield f"upsample_cross_entropy-{name}", cross_entropy
+            yield f"upsample_pixelwise_kl-{name}", divergence
+
+
 def one_cases():
     """Sizes of one: Triton makes them constants, which the interpreter does not."""
     from segfast.triton import ds_conv as module
@@ -235,6 +263,7 @@ def one_cases():
     weight = torch.empty(1, 1, 1, 1, device=META)
     options = (1, 1), (0, 0), (1, 1), 1, 1
     train = None, None, *vector[2:], 1e-5
+    nothing = None, 1, 0.0, 0.0, 0, True, 1
     yield "ones-channel_shuffle", lambda: launcher("channel_shuffle")(one, 1)
     yield "ones-concat_shuffle", lambda: launcher("concat_shuffle")([one, one], 2)
     yield "ones-overhaul_loss", lambda: launcher("overhaul_loss")(one, one, vector[0], None, 0, True)
@@ -251,6 +280,10 @@ def one_cases():
 
         yield f"ones-pairwise_loss-{'float64' if fast else 'tiled'}", losses
     yield "ones-pairwise_cosine", lambda: launcher("pairwise_cosine", "pairwise_cosine_backward")(node, node, 1e-8)
+    label = torch.empty(1, 1, 1, dtype=torch.int64, device=META)
+    yield "ones-upsample_argmax", lambda: launcher("upsample_argmax")(one, (1, 1), False, 1, True)
+    yield "ones-upsample_cross_entropy", lambda: launcher("upsample_cross_entropy")(one, label, *nothing, True)
+    yield "ones-upsample_pixelwise_kl", lambda: launcher("upsample_pixelwise_kl")(one, one, None, (1, 1), 1.0, True, 1, True)
 
     def inference(how):
         kept = module.plan
@@ -269,7 +302,15 @@ def one_cases():
         yield f"ones-ds_conv_backward-{batch}", lambda backward=backward: module.ds_conv_backward(*backward)
 
 
-CASES = (shuffle_cases, pixelwise_cases, overhaul_cases, ds_conv_cases, pairwise_cases, one_cases)
+CASES = (
+    shuffle_cases,
+    pixelwise_cases,
+    overhaul_cases,
+    ds_conv_cases,
+    pairwise_cases,
+    upsample_cases,
+    one_cases,
+)
 
 
 def launches(select: str = ""):

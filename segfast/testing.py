@@ -159,7 +159,7 @@ def upsample_cross_entropy(dtype: torch.dtype, device: torch.device) -> Iterator
 
     for layout in LAYOUTS:
         yield sample(f"2x7x5x9-13x22-{layout}", (2, 7, 5, 9), (13, 22), layout)
-    yield sample("1x19x4x5-x8", (1, 19, 4, 5), (32, 40), labels=torch.uint8)
+    yield sample("1x19x2x3-x8", (1, 19, 2, 3), (16, 24), labels=torch.uint8)
     yield sample("1x19x4x5-x8-smooth-weight", (1, 19, 4, 5), (32, 40), "channels_last", weighted=True, label_smoothing=0.1)
     yield sample("2x4x4x3-corners-sum", (2, 4, 4, 3), (9, 9), align_corners=True, reduction="sum", ignore_index=-100)
     yield sample("2x4x4x3-none-weight", (2, 4, 4, 3), (9, 10), reduction="none", weighted=True, label_smoothing=0.2)
@@ -190,7 +190,7 @@ def upsample_pixelwise_kl(dtype: torch.dtype, device: torch.device) -> Iterator[
 
     for layout in LAYOUTS:
         yield sample(f"2x7x5x9-3x4-13x22-{layout}", (2, 7, 5, 9), (3, 4), (13, 22), layout)
-    yield sample("1x19x4x5-x8-x4-T4", (1, 19, 4, 5), (8, 10), (32, 40), temperature=4.0)
+    yield sample("1x19x2x3-x8-x4-T4", (1, 19, 2, 3), (4, 6), (16, 24), temperature=4.0)
     yield sample("1x19x3x5-x4-x1-channels_last", (1, 19, 3, 5), (12, 20), (12, 20), "channels_last", temperature=0.7)
     yield sample("2x4x4x3-corners-target", (2, 4, 4, 3), (5, 5), (9, 9), ignored=0.3, align_corners=True)
     yield sample("2x4x4x3-none", (2, 4, 4, 3), (2, 2), (9, 10), ignored=0.3, mask=True, reduction="none", temperature=2)

@@ -14,7 +14,8 @@ from segfast import _backend, ops, testing
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")]
 every_op = pytest.mark.parametrize("op", OPS)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
-DIFFERENTIABLE = {"pixelwise_kl": [0], "overhaul_loss": [0]}  # a teacher that wants a gradient gets its reference
+# A teacher that wants a gradient gets its reference.
+DIFFERENTIABLE = {"pixelwise_kl": [0], "overhaul_loss": [0], "upsample_pixelwise_kl": [0]}
 
 
 def block(training: bool, dtype: torch.dtype, **changes) -> testing.Sample:
@@ -99,7 +100,8 @@ def test_inside_a_cuda_graph(op):
 
         def step(first=first, function=function, sample=sample):
             outputs = torch.utils._pytree.tree_leaves(function(*sample.args, **sample.kwargs))
-            return outputs[0], torch.autograd.grad(outputs[0].sum(), first)[0]
+            y = outputs[0]
+            return (y, torch.autograd.grad(y.sum(), first)[0]) if y.requires_grad else (y,)
 
         graph, results = captured(step)
         with torch.no_grad():

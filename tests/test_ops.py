@@ -149,6 +149,8 @@ def test_opcheck(op, dtype, layout):
 def test_gradcheck(op, name, kernel_set):
     g, inputs = closed(getattr(ops, op), sample_of(op, name, torch.float64))
     inputs = [copy(x).requires_grad_() for x in inputs]
+    if not any(y.requires_grad for y in tree_leaves(g(*inputs))):
+        pytest.skip("has no gradient")
     assert torch.autograd.gradcheck(g, inputs, fast_mode=EFFORT == "ci" or sum(x.numel() for x in inputs) > 500)
 
 
@@ -159,7 +161,7 @@ def test_second_derivative(op):
         g, inputs = closed(getattr(ops, op), sample)
         inputs = [copy(x).requires_grad_() for x in inputs]
         if not any(y.requires_grad for y in tree_leaves(g(*inputs))):
-            pytest.skip("has no first one")
+            pytest.skip("has no gradient")
         refusal = "twice"
         try:
             assert torch.autograd.gradgradcheck(g, inputs, fast_mode=True)
