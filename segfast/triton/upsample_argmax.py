@@ -7,7 +7,7 @@ from torch import Tensor
 
 from segfast.triton.upsample import Axis, accumulation, between, place
 
-CONFIG = {"BLOCK": 256, "num_warps": 4}
+CONFIG = {"BLOCK": 128, "num_warps": 4}
 
 
 @triton.jit
