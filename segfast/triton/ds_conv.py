@@ -592,7 +592,7 @@ class Shape:
         """The tile of the products of the backward, and whether C_out is one: then one kernel makes both."""
         both, out = BOTH[self.kind], max(16, triton.next_power_of_2(self.k))
         if out > both["BLOCK_OUT"]:
-            return {**self.tile, "BLOCK_OUT": min(self.tile["BLOCK_OUT"], 64)}, False
+            return {**self.tile, "BLOCK_OUT": min(self.tile["BLOCK_OUT"], 64), "num_warps": both["num_warps"]}, False
         return {**self.tile, **both, "BLOCK_OUT": out}, True
 
 
