@@ -13,7 +13,7 @@ from segfast._version import __version__
 
 EXTRAS = {
     "timm": "train", "torchvision": "train", "torchmetrics": "train", "accelerate": "train", "tensorboard": "train",
-    "matplotlib": "train", "onnx": "deploy", "onnxruntime": "deploy", "torchao": "deploy",
+    "matplotlib": "train", "av": "video", "onnx": "deploy", "onnxruntime": "deploy", "torchao": "deploy",
 }  # fmt: skip
 DEVICES = ("cpu", "cuda")
 
