@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sys
@@ -28,6 +29,29 @@ def seed_of_commit() -> int:
     root = Path(__file__).resolve().parents[1]
     done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=False)
     return int(done.stdout[:8], 16) if done.returncode == 0 else 0
+
+
+def extra(package: str):
+    """timm, torchvision or another package that networks need and segfast does not; without it the test skips.
+
+    PyPI's torchvision is built for CUDA. Beside a CPU build of PyTorch its own library does not load, and its import, timm's
+    with it, stops at two operators that nobody declared. Its networks are Python and work, so the tests declare them.
+    """
+    try:
+        importlib.import_module("torchvision")
+    except ImportError:
+        pass
+    except RuntimeError as error:
+        if "torchvision::" not in str(error):
+            raise
+        for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
+            del sys.modules[name]
+        for name in ("nms", "qnms"):
+            torch.library.define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        pytest.skip(f"needs {package} ({error})")
 
 
 def kernel_sets() -> list[str]:

@@ -1,5 +1,6 @@
 """The blocks of segfast.nn: sizes, values against plain PyTorch, exports."""
 
+import itertools
 import math
 
 import pytest
@@ -168,3 +169,248 @@ def test_residuals():
     layer = nn.Conv2d(8, 8, 3, padding=1)
     assert torch.equal(sf.Residual(layer)(x), x + layer(x))
     assert torch.equal(sf.SkipConcat(layer)(x), torch.cat([x, layer(x)], 1))
+
+
+SIZES = [(1, 1), (2, 3), (7, 8), (9, 16), (224, 17)]
+
+
+@pytest.mark.parametrize("factor", [2, 3, 4])
+@pytest.mark.parametrize("mode", ["conv", "max", "avg"])
+def test_downsample(mode, factor):
+    for height, width in SIZES:
+        x = torch.randn(1, 2, height, width)
+        y = sf.Downsample(2, factor=factor, mode=mode)(x)
+        assert y.shape == (1, 2, -(-height // factor), -(-width // factor))
+        if height >= factor and width >= factor:
+            z = sf.Downsample(2, factor=factor, mode=mode, odd="floor")(x)
+            assert z.shape == (1, 2, height // factor, width // factor)
+            if mode != "conv":
+                assert torch.equal(z, y[:, :, : height // factor, : width // factor])
+        if mode == "max":
+            assert y.max() == x.max()
+    last = torch.arange(6.0).view(1, 1, 2, 3)
+    assert sf.Downsample(1, mode="avg")(last)[0, 0, 0, 1] == 3.5  # the mean of 2 and 5, the column beyond not counted
+    unit = sf.Downsample(2, 5, norm=True, act="relu")
+    assert [type(m) for m in unit] == [nn.Conv2d, nn.BatchNorm2d, nn.ReLU]
+    assert unit.sample.bias is None
+    for wrong in ({"mode": "min"}, {"odd": "even"}, {"factor": 1}, {"mode": "max", "out_channels": 3}):
+        with pytest.raises(ValueError, match="Downsample: want"):
+            sf.Downsample(2, **wrong)
+
+
+@pytest.mark.parametrize("mode", ["nearest", "bilinear", "transposed"])
+def test_upsample(mode):
+    for factor in (2, 4):
+        for height, width in SIZES[:4]:
+            x = torch.randn(1, 2, height, width)
+            module = sf.Upsample(2, factor=factor, mode=mode)
+            assert module(x).shape == (1, 2, factor * height, factor * width)
+            down = sf.Downsample(2, factor=factor)(x)
+            assert module(down, (height, width)).shape == x.shape
+    for wrong in ({"mode": "cubic"}, {"factor": 1}, {"mode": "nearest", "out_channels": 3}):
+        with pytest.raises(ValueError, match="Upsample: want"):
+            sf.Upsample(2, **wrong)
+
+
+def test_upsample_values():
+    x = torch.randn(1, 2, 3, 5)
+    for align_corners in (False, True):
+        expected = F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=align_corners)
+        torch.testing.assert_close(sf.Upsample(2, align_corners=align_corners)(x), expected)
+    for kernel, padding, extra in ((2, 0, 0), (3, 1, 1), (4, 1, 0), (5, 2, 1)):
+        module = sf.Upsample(2, 3, mode="transposed", kernel_size=kernel, bias=True)
+        expected = F.conv_transpose2d(x, module.conv.weight, module.conv.bias, 2, padding, extra)
+        assert torch.equal(module(x), expected)
+        assert torch.equal(module(x, (5, 9)), expected[:, :, :5, :9])
+    with pytest.raises(ValueError, match="size of at most"):
+        module(x, (7, 10))
+    with pytest.raises(ValueError, match="kernel_size >= factor"):
+        sf.Upsample(2, factor=3, mode="transposed", kernel_size=2)
+
+
+def test_same_size_for_every_odd_kernel():
+    x = torch.empty(1, 4, 33, 18, device="meta")
+    for kernel, dilation, stride in itertools.product((1, 3, 5, 7, 9), (1, 2, 4), (1, 2, 3)):
+        size = (1, 4, -(-33 // stride), -(-18 // stride))
+        with torch.device("meta"):
+            asymmetric = sf.AsymmetricConv(4, 4, kernel, stride, dilation, act=None)
+            convolution = sf.ConvBNAct(4, 4, kernel, stride, dilation=dilation)
+        for module in (asymmetric.vertical.conv, asymmetric.horizontal.conv, convolution.conv):
+            assert module.padding == tuple(dilation * (k - 1) // 2 for k in module.kernel_size)
+        assert asymmetric.horizontal.conv(asymmetric.vertical.conv(x)).shape == size
+        assert convolution.conv(x).shape == size
+    with pytest.raises(ValueError, match="odd kernel_size, got 4"):
+        sf.AsymmetricConv(4, 4, 4)
+    with pytest.raises(ValueError, match="groups that divide"):
+        sf.ShuffledConv(10, 12, groups=3)
+
+
+def test_convolutions_values():
+    x = torch.randn(2, 6, 9, 11)
+    unit = randomise(sf.ShuffledConv(6, 12, 3, 3)).eval()
+    expected = unit.act(unit.bn(F.conv2d(x, unit.conv.weight, padding=1, groups=3)))
+    assert torch.equal(unit(x), expected.view(2, 3, 4, 9, 11).transpose(1, 2).reshape(2, 12, 9, 11))
+    # A separable kernel is one k x k convolution.
+    pair = sf.AsymmetricConv(1, 1, 5, act=None).eval()
+    kernel = pair.vertical.conv.weight * pair.horizontal.conv.weight
+    one = torch.randn(1, 1, 9, 11)
+    torch.testing.assert_close(pair(one), F.conv2d(one, kernel, padding=2) / (1 + 1e-5), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [(8, 12), (9, 13), (1, 1)])
+def test_zoomed_conv(size):
+    x = torch.randn(2, 4, *size)
+    half = tuple((s + 1) // 2 for s in size)
+    for stride, repeats in ((1, 1), (2, 1), (1, 2)):
+        unit = randomise(sf.ZoomedConv(4, 6, stride, repeats)).eval()
+        y = F.interpolate(x, half, mode="bilinear", align_corners=True)
+        for i, layer in enumerate(unit.convs):
+            y = layer.bn(F.conv2d(y, layer.conv.weight, padding=1))
+            y = y.relu() if i < repeats - 1 else y
+        y = F.interpolate(y, size, mode="bilinear", align_corners=True) if stride == 1 else y
+        assert torch.equal(unit(x), y.relu())
+    with pytest.raises(ValueError, match="ZoomedConv: want"):
+        sf.ZoomedConv(4, 4, 3)
+
+
+def test_esp():
+    x = torch.randn(2, 13, 9, 11)
+    unit = randomise(sf.ESP(13, 13)).eval()
+    reduced = F.conv2d(x, unit.reduce.weight)
+    maps = [F.conv2d(reduced, b.weight, padding=2**i, dilation=2**i) for i, b in enumerate(unit.branches)]
+    assert [m.shape[1] for m in maps] == [5, 2, 2, 2, 2]
+    a, b, c, d, e = maps
+    merged = torch.cat([a, b, b + c, b + c + d, b + c + d + e], 1)
+    torch.testing.assert_close(unit(x), F.prelu(unit.bn(x + merged), unit.act.weight))
+    assert sf.ESP(19, 64, 2)(torch.randn(1, 19, 9, 12)).shape == (1, 64, 5, 6)
+    assert sf.ESP(8, 3)(torch.randn(1, 8, 4, 4)).shape == (1, 3, 4, 4)
+    for wrong in ({"residual": True}, {"stride": 3}):
+        with pytest.raises(ValueError, match="ESP: want stride"):
+            sf.ESP(8, 16, **wrong)
+
+
+def judged(unit: nn.Module, plain, x: torch.Tensor) -> None:
+    """Against plain PyTorch in float64: at most twice the error of plain PyTorch in float32 plus 4 eps of the largest value."""
+    with torch.no_grad():
+        y, same, exact = unit(x), plain(unit, x), plain(unit.double(), x.double())
+        unit.float()
+    error = lambda z: (z.double() - exact).abs().max().item()  # noqa: E731
+    assert y.shape == exact.shape
+    assert error(y) <= 2 * error(same) + 4 * torch.finfo(torch.float32).eps * exact.abs().max().item()
+
+
+def plain_inverted(unit, x):
+    y = unit.expand(x) if hasattr(unit, "expand") else x
+    y = unit.separable.conv(y)
+    return x + y if unit.use_shortcut else y
+
+
+def plain_v1(unit, x):
+    y = unit.compress(x)
+    n, c, h, w = y.shape
+    y = y.view(n, unit.groups, c // unit.groups, h, w).transpose(1, 2).reshape(n, c, h, w)
+    y = unit.expand(unit.depthwise(y))
+    return F.relu(x + y) if unit.stride == 1 else F.relu(torch.cat([y, F.avg_pool2d(x, 3, 2, 1)], 1))
+
+
+def plain_v2(unit, x):
+    if unit.stride == 2:
+        y = torch.cat([unit.shortcut.conv(x), unit.separable.conv(unit.expand(x))], 1)
+    else:
+        left, right = x.chunk(2, 1)
+        y = torch.cat([left, unit.separable.conv(unit.expand(right))], 1)
+    n, c, h, w = y.shape
+    return y.view(n, 2, c // 2, h, w).transpose(1, 2).reshape(n, c, h, w)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(
+    ("build", "channels", "plain"),
+    [
+        (lambda: sf.InvertedResidual(8, 8), 8, plain_inverted),
+        (lambda: sf.InvertedResidual(8, 12, 2, 4, 5, act="relu"), 8, plain_inverted),
+        (lambda: sf.InvertedResidual(8, 8, expansion=1), 8, plain_inverted),
+        (lambda: sf.ShuffleV1Unit(24, 24, 3), 24, plain_v1),
+        (lambda: sf.ShuffleV1Unit(12, 48, 2, 2, first_groups=1), 12, plain_v1),
+        (lambda: sf.ShuffleV2Unit(24, 24), 24, plain_v2),
+        (lambda: sf.ShuffleV2Unit(12, 24, 2), 12, plain_v2),
+    ],
+)
+def test_fused_units(build, channels, plain, memory_format):
+    unit = randomise(build())
+    x = torch.randn(2, channels, 9, 13).contiguous(memory_format=memory_format)
+    judged(unit.eval(), plain, x)
+    other = build()
+    other.load_state_dict(unit.state_dict())
+    judged(unit.train(), plain, x)  # the batch's statistics
+    plain(other.train(), x).square().mean().backward()
+    unit.load_state_dict(other.state_dict())
+    unit.zero_grad()
+    unit(x).square().mean().backward()
+    for (name, a), b in zip(unit.named_parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-3, atol=1e-4 * max(1.0, b.grad.abs().max().item()), msg=name)
+
+
+def test_separable_conv_fuses_on_channels_last():
+    unit = randomise(sf.SeparableConv(4, 6)).eval()
+    x = torch.randn(1, 4, 9, 9)
+    calls = []
+    unit.conv.forward = lambda x: calls.append(x.shape) or nn.Sequential.forward(unit.conv, x)
+    unit(x)
+    assert len(calls) == 1
+    del unit.conv.forward
+    hook = unit.conv[0].register_forward_hook(lambda *args: calls.append(None))  # who watches a layer gets to see it
+    unit(x.contiguous(memory_format=torch.channels_last))
+    assert len(calls) == 2
+    hook.remove()
+    with torch.no_grad():
+        torch.testing.assert_close(unit(x.contiguous(memory_format=torch.channels_last)), unit(x), rtol=1e-4, atol=1e-5)
+
+
+def test_shuffle_unit_errors():
+    with pytest.raises(ValueError, match="ShuffleV1Unit: want stride 2"):
+        sf.ShuffleV1Unit(12, 24, 3)
+    with pytest.raises(ValueError, match="ShuffleV2Unit: want even"):
+        sf.ShuffleV2Unit(11, 11)
+
+
+WIDE = {"kernel_size": (3, 5), "stride": (2, 1), "bias": True}
+GROUPED = {"kernel_size": 5, "stride": 3, "groups": 4}
+KINDS = [
+    (lambda c, k: nn.Conv2d(c, k, 3, padding=1, bias=False), sf.cost.convolution, {}),
+    (lambda c, k: nn.Conv2d(c, k, (3, 5), (2, 1), (1, 2)), sf.cost.convolution, WIDE),
+    (lambda c, k: nn.Conv2d(c, k, 3, padding=4, dilation=4, bias=False), sf.cost.convolution, {}),
+    (lambda c, k: nn.Conv2d(c, k, 5, 3, 2, groups=4, bias=False), sf.cost.convolution, GROUPED),
+    (lambda c, k: nn.ConvTranspose2d(c, k, 4, 2, 1, bias=False), sf.cost.transposed, {}),
+    (lambda c, k: sf.DSConv(c, k, 2, kernel_size=5), sf.cost.depthwise_separable, {"kernel_size": 5, "stride": 2}),
+    (lambda c, k: sf.AsymmetricConv(c, k, 7, 2, 3), sf.cost.asymmetric, {"kernel_size": 7, "stride": 2}),
+    (lambda c, k: sf.InvertedResidual(c, k, 2), sf.cost.inverted_residual, {"stride": 2}),
+    (lambda c, k: sf.InvertedResidual(c, k, 1, 1), sf.cost.inverted_residual, {"expansion": 1}),
+    (lambda c, k: sf.ESP(c, k), sf.cost.esp, {}),
+    (lambda c, k: sf.ESP(c, k, 2), sf.cost.esp, {"stride": 2}),
+    (lambda c, k: sf.Bottleneck(c, k), sf.cost.bottleneck, {}),
+    (lambda c, k: sf.Bottleneck(c, k, 2), sf.cost.bottleneck, {"stride": 2}),
+]
+
+
+@pytest.mark.parametrize(("build", "function", "options"), KINDS)
+def test_costs(build, function, options):
+    for c, k, size in ((8, 12, (9, 14)), (16, 4, (7, 7)), (32, 8, (16, 5))):
+        with torch.device("meta"):
+            module = build(c, k).eval()
+            y = module(torch.empty(1, c, *size))
+            counted = macs(module, 1, c, *size)
+        cost = function(c, k, size, **options)
+        norms = sum(parameters(m) for m in module.modules() if isinstance(m, (nn.BatchNorm2d, nn.PReLU)))
+        assert cost == (parameters(module) - norms, counted, tuple(y.shape[2:]))
+
+
+def test_cost_table():
+    table = sf.cost.table(64, 64, 56)
+    assert table["convolution"] == (36_864, 36_864 * 56 * 56, (56, 56))
+    assert table["dilated"] == table["convolution"]
+    assert table["grouped"].macs * 4 == table["convolution"].macs
+    assert table["depthwise-separable"].macs / table["convolution"].macs == pytest.approx(1 / 64 + 1 / 9)
+    assert table["asymmetric"].parameters * 3 == table["convolution"].parameters * 2
+    assert table["bottleneck"].parameters == 64 * 16 + 9 * 16 * 16 + 16 * 64
+    assert sf.cost.table(64, 64, (28, 112)) == {n: c._replace(size=(28, 112)) for n, c in table.items()}

@@ -1,9 +1,12 @@
 """A network is tested by being registered."""
 
+import random
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import count, seed_of_commit
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -17,12 +20,35 @@ def network(request):
     return NETWORKS[request.param]
 
 
+@pytest.fixture(scope="module")
+def built():
+    """Networks of five classes, built once a module: in evaluation mode, to be left as they are."""
+    models = {}
+
+    def build(name: str):
+        if name not in models:
+            torch.manual_seed(0)
+            models[name] = segfast.create_model(name, 5).eval()
+        return models[name]
+
+    return build
+
+
+def drawn(ci: int) -> list[str]:
+    """Networks for what is slow: `ci` of them by the commit's hash, or all."""
+    names = segfast.list_models()
+    return random.Random(seed_of_commit()).sample(names, count(min(ci, len(names)), len(names)))
+
+
+def logits_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
+
+
 def test_declared_counts(network):
-    model = segfast.create_model(network.name).eval()
-    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == network.parameters
     with torch.device("meta"):
         model = segfast.create_model(network.name).eval()
         images = torch.empty(1, 3, *network.size)
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == network.parameters
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(images)
     assert counter.get_total_flops() == 2 * network.macs
@@ -30,14 +56,14 @@ def test_declared_counts(network):
 
 
 @pytest.mark.parametrize("size", [(64, 96), (65, 97), (33, 50), (32, 32)])
-def test_any_size(network, size):
-    model = segfast.create_model(network.name, 5).eval()
+def test_any_size(network, built, size):
+    model = built(network.name)
     images = torch.randn(2, 3, *size)
     with torch.no_grad():
         logits = model(images)
         output = model.forward_features(images)
         full = F.interpolate(output.logits, size, mode="bilinear", align_corners=model.align_corners)
-        assert torch.equal(logits, full)
+        logits_close(logits, full)
         assert "pre_logits" in output.features
         assert output.aux == ()
     assert logits.shape == (2, 5, *size)
@@ -48,44 +74,170 @@ def test_every_parameter_gets_a_gradient(network):
     model = segfast.create_model(network.name, 4)
     model(torch.randn(2, 3, 64, 64)).square().mean().backward()
     for name, parameter in model.named_parameters():
+        if name.startswith(model.idle):
+            assert parameter.grad is None, name
+            continue
         assert parameter.grad is not None, name
         assert parameter.grad.isfinite().all(), name
 
 
-def test_images_do_not_see_each_other(network):
-    model = segfast.create_model(network.name, 4).eval()
+def test_one_image_trains(network):
+    model = segfast.create_model(network.name, 2)
+    model(torch.randn(1, 3, 96, 128)).square().mean().backward()
+    assert all(p.grad is not None for name, p in model.named_parameters() if not name.startswith(model.idle))
+
+
+def test_images_do_not_see_each_other(network, built):
+    model = built(network.name)
     images = torch.randn(2, 3, 64, 96)
     with torch.no_grad():
-        torch.testing.assert_close(model(images)[1:], model(images[1:]), rtol=1e-4, atol=1e-5)
+        logits_close(model(images)[1:], model(images[1:]))
 
 
-def test_state_dict_comes_back(network):
-    first, second = (segfast.create_model(network.name, 4).eval() for _ in range(2))
+def test_quick_and_plain_agree(network, built):
+    """Without gradients BatchNorms are folded and results overwritten, with them not; images and features stay whole."""
+    model = built(network.name)
+    images = torch.randn(1, 3, 64, 96)
+    before = images.clone()
+    plain = model(images)
+    with torch.no_grad():
+        logits_close(model(images), plain.detach())
+    with torch.inference_mode():
+        logits_close(model(images), plain.detach())
+    assert torch.equal(images, before)
+    with torch.no_grad():
+        features = model.forward_features(images).features
+    for name, x in model.forward_features(images).features.items():
+        logits_close(features[name], x.detach())
+
+
+def test_state_dict_comes_back(network, built):
+    first, second = built(network.name), segfast.create_model(network.name, 5).eval()
     second.load_state_dict(first.state_dict())
     images = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
         assert torch.equal(first(images), second(images))
 
 
-def test_fast_scnn_is_the_published_one():
-    model = segfast.create_model("fast_scnn")
-    keys = model.state_dict()
-    for key, shape in {
-        "learning_to_downsample.conv.conv.0.weight": (32, 3, 3, 3),
-        "learning_to_downsample.dsconv1.conv.0.weight": (32, 1, 3, 3),
-        "learning_to_downsample.dsconv2.conv.3.weight": (64, 48, 1, 1),
-        "global_feature_extractor.bottleneck1.0.block.0.conv.0.weight": (384, 64, 1, 1),
-        "global_feature_extractor.bottleneck3.2.block.2.weight": (128, 768, 1, 1),
-        "global_feature_extractor.ppm.conv4.conv.0.weight": (32, 128, 1, 1),
-        "global_feature_extractor.ppm.out.conv.0.weight": (128, 256, 1, 1),
-        "feature_fusion.dwconv.conv.0.weight": (128, 1, 3, 3),
-        "feature_fusion.conv_lower_res.0.weight": (128, 128, 1, 1),
-        "feature_fusion.conv_higher_res.0.weight": (128, 64, 1, 1),
-        "classifier.dsconv2.conv.4.weight": (128,),
-        "classifier.conv.1.weight": (19, 128, 1, 1),
-    }.items():
-        assert tuple(keys[key].shape) == shape, key
-    assert model.forward_features(torch.randn(2, 3, 64, 128)).features["pre_logits"].shape == (2, 128, 8, 16)
+def test_channels_last(network, built):
+    model = built(network.name)
+    images = torch.randn(1, 3, 64, 96)
+    with torch.no_grad():
+        logits_close(model(images.contiguous(memory_format=torch.channels_last)), model(images))
+
+
+def test_autocast(network, built):
+    model = built(network.name)
+    images = torch.randn(1, 3, 64, 96)
+    with torch.no_grad():
+        with torch.autocast("cpu", torch.bfloat16):
+            half = model(images)
+        full = model(images)
+    assert half.isfinite().all()
+    error = (half.float() - full).norm() / full.norm()
+    assert error < 0.1
+
+
+@pytest.mark.parametrize("name", drawn(8))
+def test_compiles_as_one_graph(built, name):
+    model = built(name)
+    images = torch.randn(1, 3, 65, 97)
+    torch._dynamo.reset()  # all networks share `SegmentationModel.forward`, whose recompilations are limited
+    with torch.no_grad():
+        logits_close(torch.compile(model, fullgraph=True, backend="aot_eager")(images), model(images))
+
+
+def test_exports(network, built):
+    model = built(network.name)
+    images = torch.randn(1, 3, 65, 97)
+    program = torch.export.export(model, (images,))
+    assert not any("segfast" in str(node.target) for node in program.graph.nodes)
+    with torch.no_grad():
+        logits_close(program.module()(images), model(images))
+
+
+@pytest.mark.parametrize("name", drawn(2))
+def test_onnx(built, name, tmp_path):
+    pytest.importorskip("onnxscript")
+    runtime = pytest.importorskip("onnxruntime")
+    model, images = built(name), torch.randn(1, 3, 65, 97)
+    torch.onnx.export(model, (images,), tmp_path / "model.onnx", dynamo=True, verbose=False)
+    session = runtime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    (logits,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})
+    with torch.no_grad():
+        logits_close(torch.from_numpy(logits), model(images))
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "parameters"),
+    [
+        ("espnet", {"num_classes": 20}, 365_109),
+        ("espnet", {"num_classes": 20, "q": 3}, 203_189),
+        ("espnet", {"num_classes": 20, "q": 5}, 267_957),
+        ("espnet", {"num_classes": 20, "q": 3, "variant": "test"}, 202_649),
+        ("espnet", {"num_classes": 20, "q": 5, "variant": "test"}, 267_417),
+        ("espnet", {"num_classes": 20, "q": 8, "variant": "test"}, 364_569),
+        ("espnet_c", {"num_classes": 20, "q": 3}, 187_529),
+        ("espnet_c", {"num_classes": 20, "q": 5}, 252_297),
+        ("espnet_c", {"num_classes": 20}, 349_449),
+        ("fast_scnn", {"aux": True}, 1_157_174),
+        ("contextnet", {"aux": True}, 914_118),
+        ("icnet", {"deploy": True}, 6_685_715),
+    ],
+)
+def test_counts_of_variants(name, options, parameters):
+    with torch.device("meta"):
+        model = segfast.create_model(name, **options)
+    assert sum(p.numel() for p in model.parameters()) == parameters
+
+
+@pytest.mark.parametrize(("name", "strides"), [("fast_scnn", [8]), ("contextnet", [8]), ("icnet", [16, 8])])
+def test_auxiliary_heads(name, strides):
+    model = segfast.create_model(name, 3, aux=True)
+    output = model.forward_features(torch.randn(2, 3, 128, 128))
+    assert [128 // x.shape[2] for x in output.aux] == strides
+    assert all(x.shape[:2] == (2, 3) for x in output.aux)
+    (output.logits.mean() + sum(x.mean() for x in output.aux)).backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_icnet_folds():
+    torch.manual_seed(0)
+    model = segfast.create_model("icnet", 4)
+    images = torch.randn(2, 3, 65, 97)
+    model(images)
+    model.eval()
+    folded = model.fold()
+    assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in folded.modules())
+    with torch.no_grad():
+        logits_close(folded(images), model(images))
+        assert torch.equal(folded.fold()(images), folded(images))
+
+
+@pytest.mark.parametrize(
+    ("name", "stride", "channels"),
+    [("fast_scnn", 8, 128), ("contextnet", 8, 128), ("espnet_c", 8, 256), ("linknet", 2, 32), ("unet", 1, 64), ("icnet", 4, 128)],
+)
+def test_strides(name, stride, channels):
+    features = segfast.create_model(name).eval().forward_features(torch.randn(1, 3, 64, 128)).features
+    assert features["pre_logits"].shape == (1, channels, 64 // stride, 128 // stride)
+
+
+@pytest.mark.parametrize("name", ["linknet", "unet"])
+@pytest.mark.parametrize("backbone", ["resnet18", "shufflenetv2_x0_5", "mobilenetv2_050", "poolformer_s12"])
+def test_backbones(name, backbone):
+    if not backbone.startswith(("resnet", "shufflenet")):
+        pytest.importorskip("timm")
+    model = segfast.create_model(name, 3, backbone=backbone).eval()
+    images = torch.randn(1, 3, 65, 98)
+    with torch.no_grad():
+        logits = model(images)
+    assert logits.shape == (1, 3, 65, 98)
+    assert model.forward_features(images).features["stage4"].shape[1] == model.encoder.channels[-1]
+    if (name, backbone) == ("linknet", "resnet18"):
+        assert sum(p.numel() for p in segfast.create_model(name, backbone=backbone).parameters()) == NETWORKS[name].parameters
+    with pytest.raises(ValueError, match="did you mean"):
+        segfast.create_model(name, backbone=f"{backbone}0")
 
 
 def test_width():
@@ -108,6 +260,17 @@ def test_errors():
     for shape in ((3, 8, 8), (1, 4, 8, 8), (1, 3, 2, 8)):
         with pytest.raises(ValueError, match=r"fast_scnn: want \(N, 3, H, W\)"):
             segfast.create_model("fast_scnn")(torch.zeros(shape))
+    for name, options, message in (
+        ("espnet", {"p": 0}, "espnet: want p >= 1, got 0"),
+        ("espnet_c", {"q": 2.5}, "espnet_c: want q >= 1, got 2.5"),
+        ("espnet", {"variant": "other"}, "espnet: want variant one of 'train', 'test', got 'other'"),
+        ("contextnet", {"factor": 3}, "got multiple values|want factor"),
+        ("unet", {"width": 32, "backbone": "resnet18"}, "unet: want no width with a backbone, got 32"),
+        ("espnet", {"backbone": "resnet18"}, "backbone"),
+        ("unet", {"width": 0}, "unet: want width >= 1, got 0"),
+    ):
+        with pytest.raises((ValueError, TypeError), match=message):
+            segfast.create_model(name, **options)
     with pytest.raises(ValueError, match="'fast_scnn' twice"):
         register_model(paper="", parameters=0, macs=0)(NETWORKS["fast_scnn"].build)
 

@@ -7,7 +7,7 @@ import types
 import pytest
 import torch
 import torch.nn.functional as F
-from official import image, random_weights, repository
+from official_weights import image, random_weights, repository
 from torch import nn
 
 import segfast

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from segfast.nn.folding import conv_bn_act
 from segfast.nn.residual import BasicBlock, Bottleneck, NormLayer, conv
 
 DEPTHS = {
@@ -95,10 +96,10 @@ class ResNet(nn.Module):
 
     def forward_stem(self, x: Tensor) -> Tensor:
         """The map after the stem's ReLU, before its pooling: stride 2."""
-        x = self.relu(self.bn1(self.conv1(x)))
+        x = conv_bn_act(x, self.conv1, self.bn1, self.relu)
         if self.deep_stem:
-            x = self.relu(self.bn2(self.conv2(x)))
-            x = self.relu(self.bn3(self.conv3(x)))
+            x = conv_bn_act(x, self.conv2, self.bn2, self.relu)
+            x = conv_bn_act(x, self.conv3, self.bn3, self.relu)
         return x
 
     def forward_both(self, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import typer
 
+from segfast.cli.bench import bench
 from segfast.cli.demo import demo
 from segfast.cli.info import info
+from segfast.cli.models import models
 
 app = typer.Typer(
     help="Compact, real-time semantic segmentation in PyTorch.",
@@ -15,6 +17,8 @@ app = typer.Typer(
 )
 app.command()(info)
 app.command()(demo)
+app.command()(models)
+app.command()(bench)
 
 
 @app.callback(invoke_without_command=True)

@@ -7,8 +7,9 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from segfast.nn.sampling import resize
 
 
 class Output(NamedTuple):
@@ -49,12 +50,16 @@ class SegmentationModel(nn.Module):
     """A network that maps images (N, 3, H, W) to logits (N, num_classes, H, W).
 
     A subclass gives `outputs(images)` and sets what differs from the attributes below.
+
+    idle: beginnings of the names of parameters that official weights hold and their networks count, but that no output reads
+        (DistributedDataParallel then wants `find_unused_parameters`).
     """
 
     name = "network"
     align_corners = False
     min_size = 32
     preprocessing = Preprocessing()
+    idle: tuple[str, ...] = ()
 
     def outputs(self, images: Tensor) -> Output:
         """The network proper; `images` have been checked."""
@@ -77,7 +82,7 @@ class SegmentationModel(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """(N, 3, H, W) to logits (N, num_classes, H, W)."""
         logits = self.forward_features(images).logits
-        return F.interpolate(logits, images.shape[2:], mode="bilinear", align_corners=self.align_corners)
+        return resize(logits, images.shape[2:], self.align_corners)
 
     @torch.no_grad()
     def predict(self, image) -> np.ndarray | Tensor:

@@ -1,14 +1,18 @@
 """Layers and blocks over the ops."""
 
+from segfast.nn import cost
 from segfast.nn.channel_shuffle import ChannelShuffle, ConcatShuffle
 from segfast.nn.context import BNActConv, FastAttention, PyramidPooling, SpatialPyramidPooling, fast_attention
 from segfast.nn.convert import convert, unconvert
-from segfast.nn.convolution import BatchNorm2d, ConvBNAct, activation
+from segfast.nn.convolution import AsymmetricConv, BatchNorm2d, ConvBNAct, ShuffledConv, ZoomedConv, activation
 from segfast.nn.ds_conv import DSConv
-from segfast.nn.residual import BasicBlock, Bottleneck, Residual, SkipConcat
-from segfast.nn.sampling import adaptive_avg_pool2d, resize
+from segfast.nn.residual import ESP, BasicBlock, Bottleneck, InvertedResidual, Residual, SeparableConv, SkipConcat
+from segfast.nn.sampling import Downsample, Upsample, adaptive_avg_pool2d, resize
+from segfast.nn.shuffle_units import ShuffleV1Unit, ShuffleV2Unit
 
 __all__ = [
+    "ESP",
+    "AsymmetricConv",
     "BNActConv",
     "BasicBlock",
     "BatchNorm2d",
@@ -17,14 +21,23 @@ __all__ = [
     "ConcatShuffle",
     "ConvBNAct",
     "DSConv",
+    "Downsample",
     "FastAttention",
+    "InvertedResidual",
     "PyramidPooling",
     "Residual",
+    "SeparableConv",
+    "ShuffleV1Unit",
+    "ShuffleV2Unit",
+    "ShuffledConv",
     "SkipConcat",
     "SpatialPyramidPooling",
+    "Upsample",
+    "ZoomedConv",
     "activation",
     "adaptive_avg_pool2d",
     "convert",
+    "cost",
     "fast_attention",
     "resize",
     "unconvert",

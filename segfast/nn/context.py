@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from segfast.nn.convolution import Activation, BatchNorm2d, ConvBNAct
+from segfast.nn.folding import activate
 from segfast.nn.sampling import adaptive_avg_pool2d, resize
 
 
@@ -107,6 +108,12 @@ class BNActConv(nn.Sequential):
             self.norm = BatchNorm2d(in_channels, momentum=momentum)
         self.relu = nn.ReLU()
         self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if list(self._modules) != ["norm", "relu", "conv"]:
+            return super().forward(x)
+        y = self.norm(x)
+        return self.conv(self.relu(y) if y is x else activate(self.relu, y))
 
 
 class SpatialPyramidPooling(nn.Module):

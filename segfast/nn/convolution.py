@@ -7,6 +7,9 @@ from collections.abc import Callable
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from segfast.nn.channel_shuffle import ChannelShuffle
+from segfast.nn.folding import conv_bn_act
+
 Activation = str | Callable[[int], nn.Module] | None
 
 _ACTIVATIONS: dict[str, Callable[[int], nn.Module]] = {
@@ -96,3 +99,132 @@ class ConvBNAct(nn.Sequential):
         self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias)
         self.bn = norm_layer(out_channels)
         self.act = activation(act, out_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if len(self._modules) != 3:
+            return super().forward(x)
+        return conv_bn_act(x, *self._modules.values())
+
+
+class ShuffledConv(nn.Sequential):
+    """A grouped convolution, BatchNorm, activation, and a shuffle, so that the next grouped convolution sees all groups.
+
+    (ShuffleNet, Zhang et al., arXiv:1707.01083, fig. 1c.) Children `conv`, `bn`, `act` and `shuffle`.
+
+    Args:
+        in_channels: of the input.
+        out_channels: of the output.
+        kernel_size: odd; the size is kept at stride 1.
+        groups: divides both channel counts.
+        stride: of the convolution.
+        dilation: of the convolution.
+        act: see `segfast.nn.activation`.
+
+    Raises:
+        ValueError: groups that do not divide the channels.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int = 3,
+        groups: int = 2,
+        stride: int = 1,
+        dilation: int = 1,
+        act: Activation = "relu",
+    ):
+        super().__init__()
+        if groups < 1 or in_channels % groups or out_channels % groups:
+            raise ValueError(f"ShuffledConv: want groups that divide the channels, got {in_channels}, {out_channels}, {groups=}")
+        padding = same_padding(kernel_size, dilation)
+        self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias=False)
+        self.bn = nn.BatchNorm2d(out_channels)
+        self.act = activation(act, out_channels)
+        self.shuffle = ChannelShuffle(groups)
+
+
+class AsymmetricConv(nn.Sequential):
+    """k x 1, then 1 x k, in the place of k x k: BatchNorm and activation after each (ENet, arXiv:1606.02147; ERFNet).
+
+    The size is that of a k x k convolution with the same padding for every odd k, stride and dilation: kept at stride 1.
+    Children `vertical` and `horizontal`, a ConvBNAct each.
+
+    Args:
+        in_channels: of the input.
+        out_channels: of both convolutions.
+        kernel_size: odd.
+        stride: the rows' in the first, the columns' in the second convolution.
+        dilation: of both.
+        act: see `segfast.nn.activation`.
+
+    Raises:
+        ValueError: an even kernel.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int = 3,
+        stride: int = 1,
+        dilation: int = 1,
+        act: Activation = "relu",
+    ):
+        super().__init__()
+        if kernel_size < 1 or kernel_size % 2 == 0:
+            raise ValueError(f"AsymmetricConv: want an odd kernel_size, got {kernel_size}")
+        k, d = kernel_size, dilation
+        self.vertical = ConvBNAct(in_channels, out_channels, (k, 1), (stride, 1), dilation=(d, 1), act=act)
+        self.horizontal = ConvBNAct(out_channels, out_channels, (1, k), (1, stride), dilation=(1, d), act=act)
+
+
+class ZoomedConv(nn.Module):
+    """Convolutions at half the resolution: down bilinearly, one or two 3 x 3, and up again (FasterSeg, arXiv:1912.10917).
+
+    A cell of the searched networks with a large receptive field at a quarter of the cost. At stride 2 the way up is left out.
+    The last activation comes after the way up. Children `convs` (ConvBNAct, the last without activation) and `act`.
+
+    Args:
+        in_channels: of the input.
+        out_channels: of the output.
+        stride: 1 or 2.
+        repeats: of the convolution.
+        dilation: of the convolutions.
+        align_corners: of both resizings.
+        act: see `segfast.nn.activation`.
+
+    Raises:
+        ValueError: another stride, or no convolution.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        stride: int = 1,
+        repeats: int = 1,
+        dilation: int = 1,
+        align_corners: bool = True,
+        act: Activation = "relu",
+    ):
+        super().__init__()
+        if stride not in (1, 2) or repeats < 1:
+            raise ValueError(f"ZoomedConv: want stride 1 or 2 and repeats >= 1, got {stride} and {repeats}")
+        self.stride, self.align_corners = stride, align_corners
+        widths = [in_channels, *(out_channels for _ in range(repeats))]
+        self.convs = nn.Sequential(
+            *(
+                ConvBNAct(widths[i], out_channels, 3, dilation=dilation, act=act if i < repeats - 1 else None)
+                for i in range(repeats)
+            )
+        )
+        self.act = activation(act, out_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        whole = tuple(x.shape[2:])
+        half = tuple((s + 1) // 2 for s in whole)  # as a convolution of stride 2, for odd sizes too
+        y = self.convs(F.interpolate(x, half, mode="bilinear", align_corners=self.align_corners))
+        if self.stride == 1:
+            y = F.interpolate(y, whole, mode="bilinear", align_corners=self.align_corners)
+        return self.act(y)

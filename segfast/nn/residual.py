@@ -7,7 +7,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from segfast import _backend
+from segfast.nn.convolution import Activation, ConvBNAct, activation
+from segfast.nn.ds_conv import DSConv
+from segfast.nn.folding import activate, add, conv_bn_act
+
 NormLayer = Callable[[int], nn.Module]
+NOTHING = nn.Identity()
 
 
 def conv(in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, dilation: int = 1, groups: int = 1) -> nn.Conv2d:
@@ -30,10 +36,11 @@ class ResidualUnit(nn.Module):
         raise NotImplementedError
 
     def pre_activation(self, x: Tensor) -> Tensor:
-        return self.branch(x) + (x if self.downsample is None else self.downsample(x))
+        y = self.branch(x)
+        return add(x if self.downsample is None else self.downsample(x), y)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.relu(self.pre_activation(x))
+        return activate(self.relu, self.pre_activation(x))
 
 
 def shortcut(in_channels: int, out_channels: int, stride: int, norm_layer: NormLayer) -> nn.Module | None:
@@ -73,7 +80,8 @@ class BasicBlock(ResidualUnit):
         self.downsample = shortcut(in_channels, channels, stride, norm_layer)
 
     def branch(self, x: Tensor) -> Tensor:
-        return self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
+        x = conv_bn_act(x, self.conv1, self.bn1, self.relu)
+        return conv_bn_act(x, self.conv2, self.bn2, NOTHING)
 
 
 class Bottleneck(ResidualUnit):
@@ -113,9 +121,115 @@ class Bottleneck(ResidualUnit):
         self.downsample = shortcut(in_channels, out_channels, stride, norm_layer)
 
     def branch(self, x: Tensor) -> Tensor:
-        x = self.relu(self.bn1(self.conv1(x)))
-        x = self.relu(self.bn2(self.conv2(x)))
-        return self.bn3(self.conv3(x))
+        x = conv_bn_act(x, self.conv1, self.bn1, self.relu)
+        x = conv_bn_act(x, self.conv2, self.bn2, self.relu)
+        return conv_bn_act(x, self.conv3, self.bn3, NOTHING)
+
+
+class SeparableConv(DSConv):
+    """DSConv that fuses where that wins: on channels_last maps. On others its layers run one after the other.
+
+    The fused operation is native to channels_last and would copy another map there and back, which costs more than it saves
+    at batch 1 (benchmarks/units.json).
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if _backend.layout(x) == torch.channels_last else self.conv(x)
+
+
+class InvertedResidual(nn.Module):
+    """1 x 1 to more channels, depthwise, linear 1 x 1 to fewer; summed with the input where shapes allow.
+
+    (MobileNetV2, Sandler et al., arXiv:1801.04381, fig. 4d.) The depthwise and the last convolution are one SeparableConv, which
+    fuses on channels_last maps.
+    Children: `expand` (missing at expansion 1) and `separable`.
+
+    Args:
+        in_channels: of the input.
+        out_channels: of the output.
+        stride: of the depthwise convolution.
+        expansion: channels in the middle over in_channels.
+        kernel_size: of the depthwise convolution, odd.
+        dilation: of the depthwise convolution.
+        act: after the first two convolutions: "relu", "relu6", "silu", "hardswish" or None.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        stride: int = 1,
+        expansion: float = 6,
+        kernel_size: int = 3,
+        dilation: int = 1,
+        act: str | None = "relu6",
+    ):
+        super().__init__()
+        middle = round(in_channels * expansion)
+        self.use_shortcut = stride == 1 and in_channels == out_channels
+        if middle != in_channels:
+            self.expand = ConvBNAct(in_channels, middle, 1, act=act)
+        options = {"kernel_size": kernel_size, "dilation": dilation, "dw_act": act, "act": None}
+        self.separable = SeparableConv(middle, out_channels, stride, **options)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.separable(self.expand(x) if hasattr(self, "expand") else x)
+        return x + y if self.use_shortcut else y
+
+
+class ESP(nn.Module):
+    """Reduce to a part of the channels, convolve it at several dilations, merge (ESPNet, arXiv:1803.06815, fig. 1 and 2).
+
+    Hierarchical feature fusion: from the third dilation on each map is added to the one before, which takes the gridding out
+    of large dilations; all are concatenated, the input is added, and BatchNorm and activation follow. Rate i has dilation 2^i;
+    the first has the channels that the division leaves over. Children: `reduce`, `branches`, `bn`, `act`.
+
+    Args:
+        in_channels: of the input.
+        out_channels: of the output.
+        stride: of `reduce`: 1 (a 1 x 1 convolution) or 2 (3 x 3).
+        residual: whether the input is added; None: where its shape allows.
+        rates: number of dilations; fewer where there are fewer output channels.
+        act: see `segfast.nn.activation`.
+        eps: of the BatchNorm.
+
+    Raises:
+        ValueError: a residual that does not fit, or another stride.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        stride: int = 1,
+        residual: bool | None = None,
+        rates: int = 5,
+        act: Activation = "prelu",
+        eps: float = 1e-3,
+    ):
+        super().__init__()
+        fits = stride == 1 and in_channels == out_channels
+        if stride not in (1, 2) or (residual and not fits):
+            raise ValueError(
+                "ESP: want stride 1 or 2, and a residual with stride 1 and equal channels alone, "
+                f"got {stride=}, {residual=}, {in_channels} and {out_channels} channels"
+            )
+        self.residual = fits if residual is None else residual
+        rates = min(rates, out_channels)
+        width = out_channels // rates
+        widths = [out_channels - (rates - 1) * width, *(width for _ in range(rates - 1))]
+        self.reduce = conv(in_channels, width, 3 if stride == 2 else 1, stride)
+        self.branches = nn.ModuleList(conv(width, channels, 3, 1, 1 << i) for i, channels in enumerate(widths))
+        self.bn = nn.BatchNorm2d(out_channels, eps=eps)
+        self.act = activation(act, out_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        reduced = self.reduce(x)
+        maps = [branch(reduced) for branch in self.branches]
+        for i in range(2, len(maps)):
+            maps[i] = add(maps[i - 1], maps[i])
+        y = torch.cat(maps, 1)
+        return self.act(self.bn(add(x, y) if self.residual else y))
 
 
 class Residual(nn.Module):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from segfast.nn.convolution import pair
+from segfast.nn.convolution import Activation, activation, pair
 
 
 def resize(x: Tensor, size, align_corners: bool = False, mode: str = "bilinear") -> Tensor:
@@ -52,3 +52,113 @@ def _averaging(size: int, cells: int, like: Tensor) -> Tensor:
     inside = (pixel >= (cell * size) // cells) & (pixel < ((cell + 1) * size + cells - 1) // cells)
     inside = inside.to(like.dtype)
     return inside / inside.sum(1, keepdim=True)
+
+
+class Downsample(nn.Sequential):
+    """A map to 1 / factor of its size, rounded up or down for odd sizes, by a strided convolution or by pooling.
+
+    Children: `sample` (convolution or pooling), and with BatchNorm or activation `bn` and `act`.
+
+    Args:
+        in_channels: of the input.
+        out_channels: of a convolution; None: in_channels. Pooling keeps the channels.
+        factor: 2 or more.
+        mode: "conv", "max" or "avg". A mean counts the pixels inside the map alone.
+        odd: "ceil": size / factor rounded up (a kernel of 2 factor - 1, padded by factor - 1, as in ResNet; for pooling a
+            last window that reaches over the edge); "floor": rounded down (a kernel of `factor`, the rest is cut off).
+        norm: whether a BatchNorm follows the convolution.
+        act: after that; see `segfast.nn.activation`.
+
+    Raises:
+        ValueError: an unknown mode or rule, or other channels of a pooling.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int | None = None,
+        factor: int = 2,
+        mode: str = "conv",
+        odd: str = "ceil",
+        norm: bool = False,
+        act: Activation = None,
+    ):
+        super().__init__()
+        out_channels = out_channels or in_channels
+        if mode not in ("conv", "max", "avg") or odd not in ("ceil", "floor") or factor < 2:
+            raise ValueError(
+                f"Downsample: want mode conv, max or avg, odd ceil or floor, factor >= 2, got {mode!r}, {odd!r} and {factor}"
+            )
+        if mode != "conv" and out_channels != in_channels:
+            raise ValueError(f"Downsample: want equal channels with mode {mode!r}, got {in_channels} and {out_channels}")
+        if mode == "conv":
+            kernel, padding = (2 * factor - 1, factor - 1) if odd == "ceil" else (factor, 0)
+            self.sample = nn.Conv2d(in_channels, out_channels, kernel, factor, padding, bias=not norm)
+        elif mode == "max":
+            self.sample = nn.MaxPool2d(factor, ceil_mode=odd == "ceil")
+        else:
+            self.sample = nn.AvgPool2d(factor, ceil_mode=odd == "ceil", count_include_pad=False)
+        if norm:
+            self.bn = nn.BatchNorm2d(out_channels)
+        if act is not None:
+            self.act = activation(act, out_channels)
+
+
+class Upsample(nn.Module):
+    """A map to `factor` times its size, or to a given one: what a Downsample of an odd size came from.
+
+    Args:
+        in_channels: of the input.
+        out_channels: of a transposed convolution; None: in_channels. The others keep the channels.
+        factor: 2 or more.
+        mode: "nearest", "bilinear" or "transposed".
+        align_corners: of "bilinear".
+        kernel_size: of "transposed"; None: 2 factor, which gives no checkerboard. At least `factor`.
+        bias: of "transposed".
+
+    Raises:
+        ValueError: an unknown mode, other channels of a resizing, or a kernel smaller than the factor.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int | None = None,
+        factor: int = 2,
+        mode: str = "bilinear",
+        align_corners: bool = False,
+        kernel_size: int | None = None,
+        bias: bool = False,
+    ):
+        super().__init__()
+        out_channels = out_channels or in_channels
+        if mode not in ("nearest", "bilinear", "transposed") or factor < 2:
+            raise ValueError(f"Upsample: want mode nearest, bilinear or transposed, factor >= 2, got {mode!r} and {factor}")
+        if mode != "transposed" and out_channels != in_channels:
+            raise ValueError(f"Upsample: want equal channels with mode {mode!r}, got {in_channels} and {out_channels}")
+        self.factor, self.mode, self.align_corners = factor, mode, align_corners
+        if mode == "transposed":
+            kernel = 2 * factor if kernel_size is None else kernel_size
+            if kernel < factor:
+                raise ValueError(f"Upsample: want kernel_size >= factor, got {kernel} and {factor}")
+            padding = (kernel - factor + 1) // 2  # (size - 1) factor - 2 padding + kernel + output padding = factor size
+            extra = factor + 2 * padding - kernel
+            self.conv = nn.ConvTranspose2d(in_channels, out_channels, kernel, factor, padding, extra, bias=bias)
+
+    def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+        """(N, C, H, W) to (N, C', factor H, factor W), or to `size`: of a transposed convolution what is over is cut off.
+
+        Raises:
+            ValueError: `size` is larger than the transposed convolution's result.
+        """
+        height, width = (self.factor * s for s in x.shape[2:])
+        if self.mode != "transposed":
+            return resize(x, size or (height, width), self.align_corners, self.mode)
+        if size is None:
+            return self.conv(x)
+        if size[0] > height or size[1] > width:
+            raise ValueError(f"Upsample: want a size of at most {(height, width)}, got {tuple(size)}")
+        return self.conv(x)[:, :, : size[0], : size[1]]
+
+    def extra_repr(self) -> str:
+        return f"factor={self.factor}, mode={self.mode!r}, align_corners={self.align_corners}"

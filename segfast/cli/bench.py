@@ -1,0 +1,92 @@
+"""`segfast bench`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from segfast.engine import bench as job
+from segfast.engine.catalogue import count, networks, size_text
+
+EXAMPLES = """
+Examples:
+
+  segfast bench --model fast_scnn --size 512x1024
+
+  segfast bench --model "fanet*" --way eager --way segfast
+
+  segfast bench --model all --seconds 10 --json models.json
+
+Exit codes: 0 done, 2 wrong arguments, 130 interrupted (what was measured is in the file).
+"""
+
+
+def bench(
+    model: Annotated[str, typer.Option(help="A network, a pattern, or all.")] = "all",
+    size: Annotated[str, typer.Option(help="Height x width of the image.")] = "512x1024",
+    way: Annotated[list[str] | None, typer.Option(help=f"Of {', '.join(job.WAYS)}; may be repeated. Default: all.")] = None,
+    seconds: Annotated[float, typer.Option(min=0, help="How long to time each network.")] = 5.0,
+    runs: Annotated[int, typer.Option(min=1, help="Least number of runs of each way.")] = 5,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads of PyTorch. Default: its own choice.")] = None,
+    file: Annotated[Path | None, typer.Option("--json", help="File of the figures; those of other networks in it stay.")] = None,
+    as_json: Annotated[bool, typer.Option("--print-json", help="Print JSON and nothing else.")] = False,
+) -> None:
+    """Time the networks on this CPU: eager, channels_last, compiled and this package's kernels, in turns."""
+    ways = tuple(way) if way else tuple(job.WAYS)
+    console = Console(stderr=as_json)
+    measurements: list[job.Measurement] = []
+    try:
+        shape = job.read_size(size)
+        names = [row["name"] for row in networks("*" if model == "all" else model)]
+        if threads:
+            torch.set_num_threads(threads)
+        watch(console, names, shape, ways, seconds, runs, file, measurements)
+    except (ValueError, ImportError, OSError) as error:
+        typer.echo(f"segfast bench: {error}", err=True)
+        raise typer.Exit(2) from error
+    except KeyboardInterrupt:
+        typer.echo("segfast bench: interrupted", err=True)
+        raise typer.Exit(130) from None
+    if as_json:
+        typer.echo(json.dumps([asdict(m) for m in measurements], indent=1))
+        return
+    console.print(result_table(measurements, ways))
+    for line in (f"included: {job.INCLUDED}", job.WAYS_NOTE, *([f"wrote {file}"] if file else [])):
+        console.print(line, markup=False, highlight=False)
+
+
+def watch(console: Console, names, shape, ways, seconds, runs, file, measurements) -> None:
+    columns = [TextColumn("{task.description}"), BarColumn(24), TextColumn("{task.fields[text]}"), TimeElapsedColumn()]
+    with Progress(*columns, console=console) as bars:
+        for name in names:
+            task = bars.add_task(name, total=1.0, text="building, compiling")
+            prepared = job.prepare(name, shape, ways)
+            bars.update(task, text="timing")
+            measured = prepared.measure(seconds, runs, lambda done, task=task: bars.update(task, completed=done))
+            fastest = min(measured.milliseconds, key=lambda way, m=measured: m.milliseconds[way].median)
+            bars.update(task, completed=1.0, text=f"{measured.milliseconds[fastest].median:.1f} ms ({fastest})")
+            measurements.append(measured)
+            if file:
+                job.write(file, [measured])
+
+
+def result_table(measurements: list[job.Measurement], ways) -> Table:
+    table = Table(title="Milliseconds an image: median (95th percentile)", title_justify="left")
+    for column in ("network", "size", "parameters", "MACs", "activations", *ways):
+        table.add_column(column, justify="left" if column in ("network", "size") else "right")
+    for m in measurements:
+        times = [f"{m.milliseconds[way].median:.1f} ({m.milliseconds[way].p95:.1f})" for way in ways]
+        memory = f"{m.activation_bytes / 2**20:.0f} MiB"
+        table.add_row(m.name, size_text(m.size), count(m.parameters), count(m.macs), memory, *times)
+    return table
+
+
+bench.__doc__ += EXAMPLES

@@ -1,0 +1,88 @@
+"""Convolution, BatchNorm and activation as one convolution, for inference."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+
+IN_PLACE = {
+    nn.Identity: lambda act, x: x,
+    nn.ReLU: lambda act, x: F.relu_(x),
+    nn.PReLU: lambda act, x: act(x),
+    nn.LeakyReLU: lambda act, x: F.leaky_relu_(x, act.negative_slope),
+}
+
+
+def quick() -> bool:
+    """Whether an intermediate result may be overwritten: no gradients, no compiler (it fuses by itself), nobody watching."""
+    return not torch.is_grad_enabled() and not torch.compiler.is_compiling() and not _has_any_global_hook()
+
+
+def conv_bn_act(x: Tensor, conv: nn.Module, bn: nn.Module, act: nn.Module) -> Tensor:
+    """act(bn(conv(x))).
+
+    In evaluation without gradients the BatchNorm is folded into the convolution's weights, at every call (nothing is cached),
+    and the activation works in place, where that is what the three layers compute and none has a hook.
+
+    Args:
+        x: (N, C, H, W).
+        conv: an `nn.Conv2d` or, to run plainly, anything.
+        bn: an `nn.BatchNorm2d` or anything.
+        act: one of IN_PLACE or, to run plainly, anything.
+    """
+    in_place = IN_PLACE.get(type(act))
+    if in_place is None or not quick() or any(watched(layer) for layer in (conv, bn, act)):
+        return act(bn(conv(x)))
+    # Folding moves the weights, normalising moves the output: the smaller goes.
+    if type(conv) is not nn.Conv2d or conv.padding_mode != "zeros" or conv.weight.numel() > x.numel() or not foldable(conv, bn):
+        y = bn(conv(x))
+        return act(y) if y is x else in_place(act, y)
+    weight, bias = fold(conv, bn)
+    return in_place(act, F.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups))
+
+
+def activate(act: nn.Module, x: Tensor) -> Tensor:
+    """act(x), in place without gradients: x must be a result of the caller's own."""
+    in_place = IN_PLACE.get(type(act))
+    return act(x) if in_place is None or not quick() or watched(act) else in_place(act, x)
+
+
+def watched(layer: nn.Module) -> bool:
+    """Whether somebody sees what goes into the layer or comes out of it."""
+    return bool(layer._forward_hooks or layer._forward_pre_hooks or "forward" in layer.__dict__)
+
+
+def foldable(conv: nn.Module, bn: nn.Module) -> bool:
+    """Whether the BatchNorm is a fixed scale and shift, and the weights are precise enough to take the scale."""
+    return (
+        isinstance(bn, nn.BatchNorm2d)
+        and not bn.training
+        and bn.running_var is not None
+        and bn.weight is not None
+        and conv.weight.dtype in (torch.float32, torch.float64)
+    )
+
+
+def fold(conv: nn.Conv2d | nn.ConvTranspose2d, bn: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+    """Weight and bias of the one convolution that computes bn(conv(x)) in evaluation."""
+    scale = bn.weight * torch.rsqrt(bn.running_var + bn.eps)
+    shift = -bn.running_mean if conv.bias is None else conv.bias - bn.running_mean
+    # A transposed convolution has its outputs second, one group of them after the other; only ungrouped ones come here.
+    shape = (1, -1, 1, 1) if isinstance(conv, nn.ConvTranspose2d) else (-1, 1, 1, 1)
+    return conv.weight * scale.view(shape), torch.addcmul(bn.bias, shift, scale)
+
+
+def add(x: Tensor, y: Tensor, relu: bool = False) -> Tensor:
+    """x + y, then a ReLU if wanted. Without gradients the result lands in y, which must be a result of the caller's own.
+
+    Args:
+        x, y: of one shape.
+        relu: whether a ReLU follows.
+    """
+    if quick() and x.dtype == y.dtype and x is not y:
+        y = y.add_(x)
+        return y.relu_() if relu else y
+    y = x + y
+    return F.relu(y) if relu else y
