@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+from functools import partial
 
 import pytest
 import torch
@@ -86,8 +87,8 @@ def test_drop_in():
     [
         {}, {"stride": 2}, {"kernel_size": 5, "bias": True}, {"dilation": 2, "padding": 0}, {"kernel_size": (3, 5)},
         {"dw_act": None}, {"dw_act": None, "act": None}, {"dw_act": "silu", "act": "hardswish"}, {"momentum": None},
-        {"norm_layer": lambda c: nn.BatchNorm2d(c, affine=False)}, {"eps": 1e-2, "momentum": 0.3},
-        {"norm_layer": lambda c: nn.BatchNorm2d(c, track_running_stats=False)}, {"norm_layer": nn.Identity, "bias": True},
+        {"norm_layer": partial(nn.BatchNorm2d, affine=False)}, {"eps": 1e-2, "momentum": 0.3},
+        {"norm_layer": partial(nn.BatchNorm2d, track_running_stats=False)}, {"norm_layer": nn.Identity, "bias": True},
         {"dtype": torch.float64}, {"dtype": torch.float16},
     ],
     ids=str,
