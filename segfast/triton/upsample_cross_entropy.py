@@ -15,7 +15,7 @@ from segfast.triton.upsample import Axis, accumulation, between, place
 
 CONFIGS = {
     "pixels": {"BLOCK": 128, "num_warps": 4},
-    "gather": {"BLOCK_CLASSES": 8, "BLOCK_COLUMNS": 32, "num_warps": 4},
+    "gather": {"BLOCK_CLASSES": 4, "BLOCK_COLUMNS": 32, "num_warps": 4},
 }
 NONE, MEAN, SUM = range(3)
 
