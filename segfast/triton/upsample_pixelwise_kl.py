@@ -12,7 +12,7 @@ from segfast.triton.upsample import Axis, accumulation, between, place
 
 CONFIGS = {
     "pixels": {"BLOCK": 128, "num_warps": 4},
-    "gather": {"BLOCK_CLASSES": 8, "BLOCK_COLUMNS": 32, "num_warps": 4},
+    "gather": {"BLOCK_CLASSES": 4, "BLOCK_COLUMNS": 32, "num_warps": 4},
 }
 NONE, MEAN, SUM, BATCHMEAN = range(4)
 
@@ -78,10 +78,10 @@ def gradient(
     s_image, s_class, s_row, s_column, t_image, t_class, t_row, t_column, o_image, o_class, o_row, o_column,
     MASKED: tl.constexpr, EACH: tl.constexpr, ACC: tl.constexpr, BLOCK_CLASSES: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    program = tl.program_id(0).to(tl.int64)
-    image = program // (blocks * (tl.zeros((), tl.int64) + size_y))
-    i = (program // blocks) % size_y
-    j = (program % blocks) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    program = tl.program_id(0)
+    image = (program // (blocks * size_y)).to(tl.int64)
+    i = ((program // blocks) % size_y).to(tl.int64)
+    j = (program % blocks).to(tl.int64) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
     c = tl.program_id(1).to(tl.int64) * BLOCK_CLASSES + tl.arange(0, BLOCK_CLASSES)
     there = j < size_x
     tile = (c < classes)[:, None] & there[None, :]
