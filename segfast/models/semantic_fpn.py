@@ -62,23 +62,32 @@ class SemanticFPN(SegmentationModel):
         num_classes: classes of the logits.
         backbone: any of `segfast.list_backbones()`. The maps of PoolFormer and EfficientFormer are normalised (GroupNorm with one
             group), as their authors do.
+        pyramid_channels, head_channels: of the pyramid and of what the classifier reads; the defaults are the paper's.
         **options: of the encoder.
     """
 
     name = "semantic_fpn"
 
-    def __init__(self, num_classes: int = 19, backbone: str = "resnet50", **options):
+    def __init__(
+        self,
+        num_classes: int = 19,
+        backbone: str = "resnet50",
+        *,
+        pyramid_channels: int = 256,
+        head_channels: int = 128,
+        **options,
+    ):
         super().__init__()
         self.num_classes = num_classes
         self.backbone = create_backbone(backbone, **options)
         channels, strides = self.backbone.channels, self.backbone.strides
         normalised = backbone.startswith(("poolformer_", "efficientformer_"))
         self.norms = nn.ModuleList(nn.GroupNorm(1, c) if normalised else nn.Identity() for c in channels)
-        self.neck = FeaturePyramid(channels)
+        self.neck = FeaturePyramid(channels, pyramid_channels)
         doublings = [(stride // strides[0]).bit_length() - 1 for stride in strides]
-        self.heads = nn.ModuleList(Climb(256, 128, n) for n in doublings)
+        self.heads = nn.ModuleList(Climb(pyramid_channels, head_channels, n) for n in doublings)
         self.dropout = nn.Dropout2d(0.1)
-        self.classifier = nn.Conv2d(128, num_classes, 1)
+        self.classifier = nn.Conv2d(head_channels, num_classes, 1)
 
     def outputs(self, images: Tensor) -> Output:
         stages = [norm(stage) for norm, stage in zip(self.norms, self.backbone(images))]
