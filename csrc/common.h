@@ -106,15 +106,17 @@ inline Tensor contiguous_as(const Tensor& x, bool channels_last) {
 }
 
 // The first touch of fresh memory, one fault per 4 KB, costs a large output more than writing it: ask for 2 MB pages.
-inline void advise_huge_pages([[maybe_unused]] const Tensor& x) {
+inline void advise_huge_pages([[maybe_unused]] uintptr_t begin, [[maybe_unused]] uintptr_t bytes) {
 #ifdef __linux__
   constexpr uintptr_t kHuge = 1 << 21;
-  const uintptr_t bytes = static_cast<uintptr_t>(x.numel()) * x.element_size();
-  if (bytes < 2 * kHuge || !x.is_cpu()) return;
-  const uintptr_t begin = reinterpret_cast<uintptr_t>(x.data_ptr());
+  if (bytes < 2 * kHuge) return;
   const uintptr_t from = (begin + kHuge - 1) / kHuge * kHuge, to = (begin + bytes) / kHuge * kHuge;
   madvise(reinterpret_cast<void*>(from), to - from, MADV_HUGEPAGE);
 #endif
+}
+
+inline void advise_huge_pages(const Tensor& x) {
+  if (x.is_cpu()) advise_huge_pages(reinterpret_cast<uintptr_t>(x.data_ptr()), x.numel() * x.element_size());
 }
 
 inline Tensor empty(std::initializer_list<int64_t> size, ScalarType dtype, const Tensor& like, bool channels_last = false) {

@@ -104,5 +104,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_features", &segfast::cpu_features, "What this processor has, the kernel sets it can run, the one that is chosen.");
   m.def("set_kernel_set", &segfast::set_kernel_set, pybind11::arg("name"),
         "Force a kernel set (for tests); \"auto\" takes the best.");
+  m.def("advise_huge_pages", pybind11::overload_cast<uintptr_t, uintptr_t>(&segfast::advise_huge_pages), pybind11::arg("address"),
+        pybind11::arg("bytes"), "Ask the system for large pages behind memory that has not been touched yet; elsewhere nothing.");
   m.def("kernel_calls", &segfast::kernel_calls, "{op: how many times its compiled kernels ran in this process}.");
 }

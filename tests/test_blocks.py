@@ -414,3 +414,16 @@ def test_cost_table():
     assert table["asymmetric"].parameters * 3 == table["convolution"].parameters * 2
     assert table["bottleneck"].parameters == 64 * 16 + 9 * 16 * 16 + 16 * 64
     assert sf.cost.table(64, 64, (28, 112)) == {n: c._replace(size=(28, 112)) for n, c in table.items()}
+
+
+@pytest.mark.parametrize("layout", (torch.contiguous_format, torch.channels_last))
+@pytest.mark.parametrize("align_corners", (False, True))
+def test_resize_without_gradients_is_interpolate(layout, align_corners):
+    """Into memory of its own choice, with the same bits and strides, also where the memory is large."""
+    for channels, size in ((3, (33, 17)), (19, (256, 512)), (1, (1100, 1000))):
+        x = torch.randn(2, channels, 9, 13).contiguous(memory_format=layout)
+        with torch.no_grad():
+            y = nn.resize(x, size, align_corners)
+        expected = F.interpolate(x, size, mode="bilinear", align_corners=align_corners)
+        assert torch.equal(y, expected)
+        assert y.stride() == expected.stride()

@@ -6,7 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from segfast import _backend
 from segfast.nn.convolution import Activation, activation, pair
+from segfast.nn.folding import quick
 
 
 def resize(x: Tensor, size, align_corners: bool = False, mode: str = "bilinear") -> Tensor:
@@ -21,6 +23,10 @@ def resize(x: Tensor, size, align_corners: bool = False, mode: str = "bilinear")
     """
     if tuple(x.shape[2:]) == tuple(size):
         return x
+    if mode == "bilinear" and quick() and _backend.has_kernel("upsample_argmax", x) and not torch.jit.is_tracing():
+        # the result at image size is most of what a light network writes: its memory comes on large pages
+        y = _backend.empty((*x.shape[:2], *size), x)
+        return torch.ops.aten.upsample_bilinear2d.out(x, tuple(size), align_corners, None, None, out=y)
     return F.interpolate(x, tuple(size), mode=mode, align_corners=align_corners if mode == "bilinear" else None)
 
 
