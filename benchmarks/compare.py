@@ -133,6 +133,14 @@ def figures_table(machine: str, figures: dict[str, dict]) -> str:
             ("eager", "torch.compile"),
             "eager; `torch.compile`",
         ),
+        *(
+            (f"`{op}`, 19 classes, {sizes}", f"test_{op}", ("eager", "torch.compile"), "eager; `torch.compile`")
+            for op, sizes in (
+                ("upsample_argmax", "128 x 256 to 1024 x 2048"),
+                ("upsample_cross_entropy", "2 x 64 x 128 to 512 x 1024, forward and backward"),
+                ("upsample_pixelwise_kl", "the same, teacher 128 x 256"),
+            )
+        ),
     ):
         rows.append((text, against, pair(prefix, *labels)))
     rows.append(
