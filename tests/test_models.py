@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import count, seed_of_commit
+from conftest import count, extra, seed_of_commit
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -227,7 +227,7 @@ def test_strides(name, stride, channels):
 @pytest.mark.parametrize("backbone", ["resnet18", "shufflenetv2_x0_5", "mobilenetv2_050", "poolformer_s12"])
 def test_backbones(name, backbone):
     if not backbone.startswith(("resnet", "shufflenet")):
-        pytest.importorskip("timm")
+        extra("timm")
     model = segfast.create_model(name, 3, backbone=backbone).eval()
     images = torch.randn(1, 3, 65, 98)
     with torch.no_grad():

@@ -11,6 +11,7 @@ import torch.distributed
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from segfast import ops
 from segfast.distill._taps import Taps, batch_statistics, run
 from segfast.models._base import Output
 
@@ -98,9 +99,7 @@ def cross_entropy_task(aux_weight: float = 0.4, ignore_index: int = 255) -> Task
     """
 
     def loss(logits: Tensor, target: Tensor, align_corners: bool) -> Tensor:
-        logits = F.interpolate(logits.float(), target.shape[1:], mode="bilinear", align_corners=align_corners)
-        total = F.cross_entropy(logits, target, ignore_index=ignore_index, reduction="sum")
-        return total / (target != ignore_index).sum().clamp(min=1)
+        return ops.upsample_cross_entropy(logits, target, ignore_index=ignore_index, align_corners=align_corners)
 
     def task(student: nn.Module, output: Output, target: Tensor) -> dict[str, Tensor]:
         align_corners = getattr(student, "align_corners", False)

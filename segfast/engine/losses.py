@@ -9,6 +9,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from segfast import ops
+
 IGNORED = 255
 
 
@@ -54,14 +56,14 @@ class LabelLoss(nn.Module):
         return terms
 
     def loss(self, logits: Tensor, target: Tensor, align_corners: bool) -> Tensor:
-        logits = logits.float()
-        if logits.shape[2:] != target.shape[1:]:
-            logits = F.interpolate(logits, target.shape[1:], mode="bilinear", align_corners=align_corners)
         options = {"weight": self.class_weights, "ignore_index": IGNORED, "label_smoothing": self.label_smoothing}
         labelled = target != IGNORED
         if not self.ohem:
-            total = F.cross_entropy(logits, target, reduction="sum", **options)
+            total = ops.upsample_cross_entropy(logits, target, align_corners=align_corners, reduction="sum", **options)
             return total / self.weight_of(target, labelled)
+        logits = logits.float()
+        if logits.shape[2:] != target.shape[1:]:
+            logits = F.interpolate(logits, target.shape[1:], mode="bilinear", align_corners=align_corners)
         pixels = F.cross_entropy(logits, target, reduction="none", **options)
         with torch.no_grad():
             chances = F.cross_entropy(logits, target, reduction="none", ignore_index=IGNORED)[labelled]

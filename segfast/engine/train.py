@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from segfast import ops
 
 Terms = dict[str, Tensor]
 Loss = Callable[..., "Terms | tuple[Tensor, dict[str, float]]"]
@@ -143,15 +144,14 @@ class Average:
         self.model.load_state_dict(state["model"])
 
 
-def cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int = 255) -> Tensor:
-    """Mean over the labelled pixels in nats; 0 where no pixel has a label."""
-    total = F.cross_entropy(logits, labels, ignore_index=ignore_index, reduction="sum")
-    return total / (labels != ignore_index).sum().clamp(min=1)
+def cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int = 255, align_corners: bool = False) -> Tensor:
+    """Mean over the labelled pixels in nats, of logits at any size; 0 where no pixel has a label."""
+    return ops.upsample_cross_entropy(logits, labels, ignore_index=ignore_index, align_corners=align_corners)
 
 
 def supervised(model: nn.Module, images: Tensor, labels: Tensor) -> Terms:
-    """The loss of training on labels: cross-entropy."""
-    return {"labels": cross_entropy(model(images), labels)}
+    """The loss of training on labels: cross-entropy of a network of `segfast.models`."""
+    return {"labels": cross_entropy(model.forward_features(images).logits, labels, align_corners=model.align_corners)}
 
 
 class Distillation:
@@ -184,8 +184,7 @@ class Distillation:
         with torch.no_grad():
             teacher = self.teacher.forward_features(images)
         student = model.forward_features(images)
-        logits = F.interpolate(student.logits, images.shape[2:], mode="bilinear", align_corners=model.align_corners)
-        terms = {"labels": cross_entropy(logits, labels)}
+        terms = {"labels": cross_entropy(student.logits, labels, align_corners=model.align_corners)}
         if self.pixel:
             terms["pixel-wise"] = self.pixel_weight * self.pixel(student.logits, teacher.logits)
         if self.pair:

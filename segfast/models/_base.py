@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from segfast import ops
 from segfast.nn.sampling import resize
 
 
@@ -113,7 +114,8 @@ class SegmentationModel(nn.Module):
             pixels = torch.from_numpy(array.copy()).permute(2, 0, 1)
         weight = next(self.parameters())
         batch = self.preprocessing(pixels.reshape(-1, *pixels.shape[-3:]).to(weight.device)).to(weight.dtype)
-        logits = self(batch)
-        classes = logits.argmax(1).to(torch.uint8 if logits.shape[1] <= 256 else torch.int64)
+        logits = self.forward_features(batch).logits
+        dtype = torch.uint8 if logits.shape[1] <= 256 else torch.int64
+        classes = ops.upsample_argmax(logits, batch.shape[2:], self.align_corners, dtype=dtype)
         classes = classes.reshape(*pixels.shape[:-3], *pixels.shape[-2:])
         return classes.to(image.device) if isinstance(image, Tensor) else classes.cpu().numpy()
