@@ -98,14 +98,11 @@ def cross_entropy_task(aux_weight: float = 0.4, ignore_index: int = 255) -> Task
         ignore_index: the label of an ignored pixel.
     """
 
-    def loss(logits: Tensor, target: Tensor, align_corners: bool) -> Tensor:
-        return ops.upsample_cross_entropy(logits, target, ignore_index=ignore_index, align_corners=align_corners)
-
     def task(student: nn.Module, output: Output, target: Tensor) -> dict[str, Tensor]:
-        align_corners = getattr(student, "align_corners", False)
-        terms = {"labels": loss(output.logits, target, align_corners)}
+        options = {"ignore_index": ignore_index, "align_corners": getattr(student, "align_corners", False)}
+        terms = {"labels": ops.upsample_cross_entropy(output.logits, target, **options)}
         if output.aux and aux_weight:
-            terms["auxiliary"] = aux_weight * sum(loss(logits, target, align_corners) for logits in output.aux)
+            terms["auxiliary"] = aux_weight * sum(ops.upsample_cross_entropy(logits, target, **options) for logits in output.aux)
         return terms
 
     return task
