@@ -1,5 +1,6 @@
 """The blocks of segfast.nn: sizes, values against plain PyTorch, exports."""
 
+import copy
 import itertools
 import math
 
@@ -10,6 +11,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from segfast import nn as sf
+from segfast import testing
 
 
 def randomise(module: nn.Module, seed: int = 0) -> nn.Module:
@@ -290,13 +292,22 @@ def test_esp():
 
 
 def judged(unit: nn.Module, plain, x: torch.Tensor) -> None:
-    """Against plain PyTorch in float64: at most twice the error of plain PyTorch in float32 plus 4 eps of the largest value."""
+    """Against plain PyTorch in float64: at most twice the error of plain PyTorch in float32 plus 4 eps of the largest value.
+
+    Plain PyTorch's error is its largest at x and at points within rounding of x: behind a BatchNorm that takes the batch's
+    statistics one draw of it says little (tests/harness.py, `judge`).
+    """
+    exact_unit = copy.deepcopy(unit).double()
     with torch.no_grad():
-        y, same, exact = unit(x), plain(unit, x), plain(unit.double(), x.double())
-        unit.float()
-    error = lambda z: (z.double() - exact).abs().max().item()  # noqa: E731
+        y = unit(x)
+        errors = []
+        for k in range(1 + testing.NEIGHBOURS):
+            near = testing.neighbour(x, k, x.dtype)
+            errors.append((plain(unit, near).double() - plain(exact_unit, near.double())).abs().max().item())
+        exact = plain(exact_unit, x.double())
     assert y.shape == exact.shape
-    assert error(y) <= 2 * error(same) + 4 * torch.finfo(torch.float32).eps * exact.abs().max().item()
+    error = (y.double() - exact).abs().max().item()
+    assert error <= 2 * max(errors) + 4 * torch.finfo(torch.float32).eps * exact.abs().max().item()
 
 
 def plain_inverted(unit, x):
