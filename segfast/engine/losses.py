@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from segfast import ops
@@ -61,19 +60,10 @@ class LabelLoss(nn.Module):
         if not self.ohem:
             total = ops.upsample_cross_entropy(logits, target, align_corners=align_corners, reduction="sum", **options)
             return total / self.weight_of(target, labelled)
-        logits = logits.float()
-        if logits.shape[2:] != target.shape[1:]:
-            logits = F.interpolate(logits, target.shape[1:], mode="bilinear", align_corners=align_corners)
-        pixels = F.cross_entropy(logits, target, reduction="none", **options)
-        with torch.no_grad():
-            chances = F.cross_entropy(logits, target, reduction="none", ignore_index=IGNORED)[labelled]
-            least = max(1, int(self.ohem_keep * chances.numel()))
-            bar = -torch.log(torch.tensor(self.ohem)).to(chances)
-            if least < chances.numel():
-                bar = torch.minimum(bar, chances.kthvalue(chances.numel() - least + 1).values)
-            hard = labelled.clone()
-            hard[labelled] = chances >= bar
-        return (pixels * hard).sum() / self.weight_of(target, hard)
+        least = max(1, int(self.ohem_keep * labelled.sum()))
+        options |= {"ohem_threshold": self.ohem, "ohem_min_kept": least, "reduction": "none"}
+        pixels = ops.upsample_cross_entropy(logits, target, align_corners=align_corners, **options)
+        return pixels.sum() / self.weight_of(target, pixels.detach() != 0)  # a pixel that does not count has no loss
 
     def weight_of(self, target: Tensor, counted: Tensor) -> Tensor:
         weight = counted.sum().float() if self.class_weights is None else self.class_weights[target[counted]].sum()
