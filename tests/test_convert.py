@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from conftest import extra
 from torch import nn
 
 from segfast.nn import DSConv, convert, unconvert
@@ -108,7 +109,7 @@ def test_a_copy_comes_back_too():
 
 @pytest.mark.parametrize("training", (True, False))
 def test_timm(training):
-    timm = pytest.importorskip("timm")
+    timm = extra("timm")
     torch.manual_seed(0)
     plain = timm.create_model("mobilenetv2_100", num_classes=3).double().train(training)
     plain.drop_rate = 0.0

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import extra
 from official_weights import image, random_weights
 from torch import nn
 
@@ -78,7 +79,7 @@ def test_errors():
 
 
 def test_a_light_encoder():
-    pytest.importorskip("timm")
+    extra("timm")
     model = segfast.create_model("deeplabv3plus", 3, "mobilenetv2").eval()
     with torch.no_grad():
         output = model.forward_features(image(97, 65))

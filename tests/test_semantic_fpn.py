@@ -6,6 +6,7 @@ import types
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import extra
 from official_weights import image, random_weights, repository
 from torch import nn
 
@@ -161,7 +162,7 @@ def test_neck_and_head_equal_mmsegmentation(official):
 
 
 def test_poolformer_equals_the_official_network(official, monkeypatch):
-    pytest.importorskip("timm")
+    extra("timm")
     layers = {"DropPath": nn.Identity, "trunc_normal_": nn.init.trunc_normal_, "to_2tuple": lambda x: (x, x)}
     stubs = {name: layers for name in ("timm.models.layers", "timm.models.layers.helpers")}
     stubs["timm.models.registry"] = {"register_model": passed_on}
@@ -186,7 +187,7 @@ def test_poolformer_equals_the_official_network(official, monkeypatch):
 
 
 def test_poolformer_names_and_counts():
-    pytest.importorskip("timm")
+    extra("timm")
     with torch.device("meta"):
         model = segfast.create_model("semantic_fpn", 150, "poolformer_s12")
     assert sum(p.numel() for p in model.parameters()) == 15_669_846  # the paper prints 15.7 M
@@ -194,7 +195,7 @@ def test_poolformer_names_and_counts():
 
 @pytest.mark.parametrize("backbone", ["poolformer_s12", "efficientformer_l1", "efficientformerv2_s0", "mobilenetv2"])
 def test_other_encoders(backbone):
-    pytest.importorskip("timm")
+    extra("timm")
     model = segfast.create_model("semantic_fpn", 3, backbone).eval()
     assert any(isinstance(norm, nn.GroupNorm) for norm in model.norms) == ("former_" in backbone)
     with torch.no_grad():
