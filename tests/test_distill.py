@@ -896,7 +896,8 @@ def test_one_step(dtype):
 def test_convergence(dtype):
     """The mean loss of the last quarter is as near to eager's as twice the gap between eager runs that differ in rounding.
 
-    Those are channels_last and weights one rounding off. Two such gaps may be small by luck, so 1 % is allowed in any case.
+    Those are channels_last and weights some roundings off: five in bfloat16, whose runs differ by up to 8 % among themselves.
+    Such gaps may be small by luck, so 1 % is allowed in any case.
     """
     if dtype == torch.bfloat16 and EFFORT != "full":
         pytest.skip("float32 in ci: SEGFAST_EFFORT=full")
@@ -905,7 +906,8 @@ def test_convergence(dtype):
     for seed in range(count(1, 3)):
         end = lambda *how, **options: sum(course(*how, steps, seed, dtype, **options)[-tail:]) / tail  # noqa: B023, E731
         start, eager = course(False, 1, seed, dtype)[0], end(False)
-        gaps = [end(False, layout=torch.channels_last), end(False, nudge=torch.finfo(torch.float32).eps)]
+        nudges = (1,) if dtype == torch.float32 else (1, 2, 3, 5)
+        gaps = [end(False, layout=torch.channels_last), *(end(False, nudge=k * torch.finfo(torch.float32).eps) for k in nudges)]
         assert eager < 0.7 * start, "nothing was learned"
         allowed = max(0.01 * eager, 2 * max(abs(gap - eager) for gap in gaps))
         assert abs(end(True) - eager) <= allowed, f"seed {seed}: {end(True)} fused, {eager} eager, {gaps} eager otherwise"
