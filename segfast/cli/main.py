@@ -11,6 +11,7 @@ from segfast.cli.evaluate import evaluate, predict
 from segfast.cli.export import export
 from segfast.cli.info import info
 from segfast.cli.models import models
+from segfast.cli.quantize import quantize
 from segfast.cli.train import distill, train
 
 app = typer.Typer(
@@ -28,6 +29,7 @@ app.command()(distill)
 app.command("eval")(evaluate)
 app.command()(predict)
 app.command()(export)
+app.command()(quantize)
 app.add_typer(data.app, name="data")
 
 

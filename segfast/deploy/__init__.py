@@ -2,17 +2,27 @@
 
 import importlib
 
-_WHERE = {
-    "Artefact": "artefact", "load": "artefact", "TENSORRT": "export", "Exported": "export", "export_onnx": "export",
-    "export_program": "export", "operators": "export", "Calibration": "quantize", "Quantized": "quantize",
-    "load_quantized": "quantize", "quantize": "quantize", "quantize_aware": "quantize", "quantize_onnx": "quantize",
-    "save_quantized": "quantize", "sensitivity": "quantize",
-}  # fmt: skip
-__all__ = sorted(_WHERE)
+_NAMES = {
+    "artefact": ("Artefact", "load"),
+    "export": ("TENSORRT", "Exported", "export_onnx", "export_program", "operators"),
+    "int8": (
+        "Quantized",
+        "load_quantized",
+        "load_weights_only",
+        "quantize",
+        "quantize_aware",
+        "quantize_onnx",
+        "save_quantized",
+        "save_weights_only",
+        "sensitivity",
+    ),
+}
+__all__ = sorted(name for names in _NAMES.values() for name in names)
 
 
 def __getattr__(name: str):
-    # ONNX, ONNX Runtime and torchao take seconds to import: whoever loads a file does not wait for what quantises it.
-    if name in _WHERE:
-        return getattr(importlib.import_module(f"segfast.deploy.{_WHERE[name]}"), name)
+    # What quantises need not be imported by whoever loads a file.
+    for module, names in _NAMES.items():
+        if name in names:
+            return getattr(importlib.import_module(f"segfast.deploy.{module}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
