@@ -1,5 +1,6 @@
 """int8 networks: close to float, whole in their files, and clear about what they cannot take."""
 
+import copy
 import json
 
 import pytest
@@ -25,7 +26,7 @@ NETWORK = {"model": "fast_scnn", "num_classes": 6, "options": {"width": 0.25}}
 @pytest.fixture(scope="module")
 def streets():
     torch.manual_seed(0)
-    data = SyntheticStreets(12, SIZE)
+    data = SyntheticStreets(8, SIZE)
     model = segfast.create_model("fast_scnn", 6, width=0.25)
     pairs = [data[i] for i in range(len(data))]
     batch = model.preprocessing(torch.stack([x for x, _ in pairs]) * 255), torch.stack([y for _, y in pairs])
@@ -40,7 +41,7 @@ def streets():
 @pytest.fixture(scope="module")
 def quantized(streets):
     model, (images, _) = streets
-    return deploy.quantize(model, list(images), network=NETWORK)
+    return deploy.quantize(model, list(images), observer="min-max", network=NETWORK)
 
 
 def agreement(run, model, images) -> float:
@@ -69,11 +70,11 @@ def test_static(streets, quantized):
     assert agreement(quantized, model, images) > 0.97
     with torch.no_grad():
         assert not torch.equal(quantized(images), model(images))
-    with pytest.raises(ValueError, match="of another|want images"):
+    with pytest.raises(ValueError, match="want images"):
         quantized(images[..., :-1])
 
 
-@pytest.mark.parametrize("observer", ["min-max", "percentile"])
+@pytest.mark.parametrize("observer", ["mse", "percentile"][: count(1, 2)])
 def test_observers(streets, observer):
     model, (images, _) = streets
     assert agreement(deploy.quantize(model, list(images[:8]), observer=observer), model, images) > 0.95
@@ -90,7 +91,7 @@ def test_percentile_of_a_histogram():
 
 def test_layers_stay_in_float(streets):
     model, (images, _) = streets
-    kept = deploy.quantize(model, list(images), keep=list(int8.layers(model)))
+    kept = deploy.quantize(model, list(images), observer="min-max", keep=list(int8.layers(model)))
     assert not any("quantize" in str(node.target) for node in kept.graph.graph.nodes)
     with torch.no_grad():
         torch.testing.assert_close(kept(images), model(images), rtol=1e-4, atol=1e-4)
@@ -99,8 +100,6 @@ def test_layers_stay_in_float(streets):
 def test_sensitivity_finds_the_broken_layer(streets):
     """A classifier whose input has one enormous channel that nothing reads: in 256 steps the others are all zero."""
     model, (images, labels) = streets
-    import copy
-
     broken = copy.deepcopy(model)
     layer = "classifier.conv.1"
     with torch.no_grad():
@@ -113,7 +112,7 @@ def test_sensitivity_finds_the_broken_layer(streets):
     assert set(costs) == set(int8.layers(broken))
     said = []
     held = deploy.quantize(
-        broken, list(images[:8]), score=accuracy(images, labels), max_drop=3.0, network=NETWORK, say=said.append
+        broken, list(images), observer="min-max", score=accuracy(images, labels), max_drop=3.0, say=said.append
     )
     assert layer in held.about["float_layers"]
     assert accuracy(images, labels)(broken) - accuracy(images, labels)(held) <= 0.03
@@ -175,10 +174,10 @@ def test_aware_learns(streets):
     before = {name: module.weight.clone() for name, module in int8.layers(model).items()}
     steps = []
     made = deploy.quantize_aware(
-        model, list(images), [(images, labels)], 4, network=NETWORK, progress=lambda step, values: steps.append(values)
+        model, list(images), [(images, labels)], 4, observer="min-max", progress=lambda step, values: steps.append(values)
     )
     assert len(steps) == 4
-    assert {"labels", "pixel_wise"} & set(steps[0]) or len(steps[0]) >= 3
+    assert len(steps[0]) == 3  # the sum, the labels' loss and the distillation's
     assert all(torch.equal(before[name], module.weight) for name, module in int8.layers(model).items())
     assert agreement(made, model, images) > 0.9
     with int8.rounded(model, limits), torch.no_grad():
@@ -224,7 +223,7 @@ def test_command(streets, tmp_path, mode):
     checkpoint.save(run / "best.safetensors", model.state_dict(), {"network": about})
     (run / "config.yaml").write_text(f"images: 8\nval_images: 2\nsize: {json.dumps(SIZE)}\n")
     out = tmp_path / "out.safetensors"
-    result = call("quantize", run, out, "--mode", mode, "--images", 8, "--runs", 0)
+    result = call("quantize", run, out, "--mode", mode, "--images", 8, "--runs", 0, "--observer", "min-max")
     assert result.exit_code == 0, result.output
     assert "float" in result.output
     assert "bf16" in result.output
