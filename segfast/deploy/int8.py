@@ -125,12 +125,12 @@ def quantize(
     unknown = [name for name in kept if name not in names]
     if unknown:
         raise ValueError(f"quantize: want layers of {model.name} to keep, such as {names[0]!r}, got {unknown}")
+    if max_drop is not None and score is None:
+        raise ValueError("quantize: want a score with max_drop, got none")
     ranges(model, images)
     quantized = static(model, images, observer, kept, network)
     if max_drop is None:
         return quantized
-    if score is None:
-        raise ValueError("quantize: want a score with max_drop, got none")
     exact = score(model)
     loss = 100 * (exact - score(quantized))
     say(f"float {exact:.4f}, int8 {exact - loss / 100:.4f}")
