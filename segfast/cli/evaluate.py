@@ -12,13 +12,16 @@ from rich.console import Console
 from rich.table import Table
 
 from segfast.cli.options import Reporter, explained, merged
+from segfast.deploy.artefact import SUFFIXES, load
 from segfast.engine import checkpoint
 from segfast.engine.assess import assess, plots
 from segfast.engine.evaluate import Inference
 from segfast.engine.predict import predict as predict_files
 from segfast.engine.run import Network, load_network, make_dataset, preprocess
 
-Weights = Annotated[Path, typer.Argument(help="A run folder, or a .safetensors file that segfast wrote.")]
+Weights = Annotated[
+    Path, typer.Argument(help="A run folder, a .safetensors file that segfast wrote, or an exported .onnx or .pt2 file.")
+]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
 Scale = Annotated[list[float] | None, typer.Option("--scale", help="Test-time size; give several to average over them.")]
 Flip = Annotated[bool, typer.Option(help="Average over the image and its mirror image.")]
@@ -28,7 +31,14 @@ CODES = "Exit codes: 0 done, 2 wrong arguments, data or files, 130 Ctrl-C."
 
 
 def build(weights: Path, device: str, scale: list[float] | None, flip: bool, window: tuple[int, int] | None, overlap: float):
-    """(images in [0, 1] to probabilities, what the weights say of their network, device)."""
+    """(images in [0, 1] to probabilities or classes, what the weights say of their network, device)."""
+    if weights.suffix in SUFFIXES:
+        artefact = load(weights)
+        if not artefact.about["head"]:
+            return Inference(artefact, scale or [1.0], flip, window, overlap), artefact.network(), torch.device("cpu")
+        if scale or flip or window:
+            raise ValueError(f"{weights} gives classes: want one exported with --no-head for --scale, --flip and --window")
+        return artefact, artefact.network(), torch.device("cpu")
     model, network = load_network(weights)
     place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     model = model.to(place, memory_format=torch.channels_last)
@@ -89,7 +99,10 @@ def evaluate(
 
 def predict(
     weights: Weights,
-    source: Annotated[Path, typer.Argument(help="An image, a folder of images, or a video (needs PyAV or OpenCV).")],
+    source: Annotated[
+        Path | None, typer.Argument(help="An image, a folder of images, or a video (needs PyAV or OpenCV).")
+    ] = None,
+    file: Annotated[Path | None, typer.Option("--model", help="The network, in the place of WEIGHTS.")] = None,
     out: Annotated[Path, typer.Option(help="Folder for label maps, coloured maps, overlays and legend.png.")] = Path(
         "predictions"
     ),
@@ -102,6 +115,9 @@ def predict(
 ) -> None:
     """Predict an image, a folder of images or a video with a trained network."""
     with explained("predict"):
+        weights, source = (file, weights) if file and source is None else (weights, source)
+        if source is None:
+            raise ValueError("want a network and what to predict, got one of them")
         model, network, _ = build(weights, device, scale, flip, window, overlap)
         with Reporter() as reporter:
             written = predict_files(
@@ -115,4 +131,13 @@ def names(network: Network) -> tuple:
 
 
 evaluate.__doc__ += f"\n\nExample: segfast eval student --scale 0.75 --scale 1 --flip --plot plots\n\n{CODES}\n"
-predict.__doc__ += f"\n\nExample: segfast predict student frame.jpg --out predictions\n\n{CODES}\n"
+predict.__doc__ += f"""
+
+Examples:
+
+  segfast predict student frame.jpg --out predictions
+
+  segfast predict --model student.onnx frame.jpg
+
+{CODES}
+"""

@@ -8,8 +8,10 @@ from segfast.cli import data
 from segfast.cli.bench import bench
 from segfast.cli.demo import demo
 from segfast.cli.evaluate import evaluate, predict
+from segfast.cli.export import export
 from segfast.cli.info import info
 from segfast.cli.models import models
+from segfast.cli.quantize import quantize
 from segfast.cli.train import distill, train
 
 app = typer.Typer(
@@ -26,6 +28,8 @@ app.command()(train)
 app.command()(distill)
 app.command("eval")(evaluate)
 app.command()(predict)
+app.command()(export)
+app.command()(quantize)
 app.add_typer(data.app, name="data")
 
 

@@ -124,9 +124,14 @@ def load_weights(model: torch.nn.Module, path: str | Path) -> None:
     """Load weights that `save` wrote into a network of the same shape.
 
     Raises:
-        ValueError: naming the file and what does not fit; the network is unchanged then.
+        ValueError: naming the file and what does not fit, or that it is quantised; the network is unchanged then.
     """
-    tensors, _ = load(path)
+    tensors, about = load(path)
+    if about.get("quantized"):
+        raise ValueError(
+            f"{path} holds {about['quantized']} weights and their scales, not a float network's: load it with "
+            "segfast.deploy.load_quantized, or take the float file that it was made from"
+        )
     own = model.state_dict()
     missing, surplus = [k for k in own if k not in tensors], [k for k in tensors if k not in own]
     other = [k for k in own if k in tensors and own[k].shape != tensors[k].shape]

@@ -149,15 +149,16 @@ def evaluate(
 ) -> Tensor:
     """The confusion matrix of `model(images).argmax(1)` against the labels.
 
-    A module runs in evaluation mode and gets its mode back; any function from images to logits serves as well. `each` is
-    called with every batch's predictions and labels.
+    A module runs in evaluation mode and gets its mode back; any function from images to logits, or to the classes (N, H, W),
+    serves as well. `each` is called with every batch's predictions and labels.
     """
     training = getattr(model, "training", False)
     if isinstance(model, nn.Module):
         model.eval()
     matrix = torch.zeros(num_classes, num_classes, dtype=torch.int64)
     for images, labels in loader:
-        prediction = model(images).argmax(1)
+        scores = model(images)
+        prediction = scores if scores.dim() == 3 else scores.argmax(1)
         matrix += confusion_matrix(prediction, labels, num_classes, ignore_index).cpu()
         if each:
             each(prediction, labels)

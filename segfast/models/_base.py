@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -84,6 +85,38 @@ class SegmentationModel(nn.Module):
         """(N, 3, H, W) to logits (N, num_classes, H, W)."""
         logits = self.forward_features(images).logits
         return resize(logits, images.shape[2:], self.align_corners)
+
+    def save_pretrained(self, folder: str | Path, *, network: dict | None = None, miou: float | None = None) -> Path:
+        """Write model.safetensors, config.json and a model card, the layout of the Hugging Face hub, which can take the folder.
+
+        Args:
+            folder: made if need be.
+            network: how `create_model` builds it: model, num_classes, backbone, options; and classes and palette, as a weights
+                file of a run has them. None: as `create_model` made this one.
+            miou: for the card.
+
+        Raises:
+            ValueError: `network` builds a network of other tensors.
+        """
+        from segfast.models import _hub
+
+        return _hub.save_pretrained(self, folder, network=network, miou=miou)
+
+    @staticmethod
+    def from_pretrained(source: str | Path, revision: str | None = None) -> SegmentationModel:
+        """The network, in evaluation mode, that `save_pretrained` wrote; of any class.
+
+        Args:
+            source: the folder, for which no network connection is needed; or a repository, for which huggingface_hub is.
+            revision: of the repository.
+
+        Raises:
+            FileNotFoundError, ValueError: naming the folder and what is wrong in it.
+            ImportError: no such folder, and no huggingface_hub.
+        """
+        from segfast.models import _hub
+
+        return _hub.from_pretrained(source, revision)
 
     @torch.no_grad()
     def predict(self, image) -> np.ndarray | Tensor:

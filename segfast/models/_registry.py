@@ -101,8 +101,9 @@ def create_model(name: str, num_classes: int = 19, backbone: str | None = None, 
         raise unknown("create_model", name, NETWORKS)
     if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 1:
         raise ValueError(f"create_model: want num_classes >= 1, got {num_classes}")
+    made_with = {"backbone": backbone, "options": dict(options)}
     if backbone is not None:
         options["backbone"] = backbone
     model = NETWORKS[name].build(num_classes=num_classes, **options)
-    model.name = name
+    model.name, model.made_with = name, made_with
     return model

@@ -1,0 +1,112 @@
+"""Exported files as functions: what `segfast predict --model file.onnx` runs, without the network's Python code."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import zipfile
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from segfast.data.pairs import spread_palette
+from segfast.deploy._packages import need
+from segfast.engine.run import Network
+from segfast.models import Preprocessing
+
+SUFFIXES = (".onnx", ".pt2")
+
+
+class Artefact:
+    """An exported network, a function of images in [0, 1] (N, 3, H, W) of any size.
+
+    It gives logits (N, classes, H, W), or with the head inside the class map (N, H, W), int64. Images of another size than a
+    file of fixed size takes are resized to it, and the result back.
+
+    Attributes:
+        about: what the file says of itself: network, preprocessing, size, head, segfast, miou, made.
+    """
+
+    def __init__(self, path: Path, about: dict, run):
+        self.path, self.about, self.run = path, about, run
+        self.preprocessing = Preprocessing(
+            **{name: tuple(v) if isinstance(v, list) else v for name, v in about["preprocessing"].items()}
+        )
+
+    def network(self) -> Network:
+        """What it says of its network; classes without names are numbers."""
+        network = Network(**self.about["network"])
+        if network.classes:
+            return network
+        names = tuple(map(str, range(network.num_classes)))
+        return dataclasses.replace(network, classes=names, palette=spread_palette(network.num_classes))
+
+    def __call__(self, images: Tensor) -> Tensor:
+        size, fixed = tuple(images.shape[2:]), self.about["size"]
+        if fixed is not None and tuple(fixed) != size:
+            images = F.interpolate(images, tuple(fixed), mode="bilinear", antialias=True)
+        batch = self.preprocessing(images * 255).contiguous()
+        if fixed is None:
+            result = self.run(batch)
+        else:
+            result = torch.cat([self.run(image[None]) for image in batch])
+        if not self.about["head"]:
+            return result if tuple(result.shape[2:]) == size else F.interpolate(result, size, mode="bilinear")
+        if tuple(result.shape[1:]) != size:
+            result = F.interpolate(result[:, None].float(), size, mode="nearest-exact")[:, 0]
+        return result.long()
+
+
+def load(path: str | Path) -> Artefact:
+    """An exported .onnx (ONNX Runtime, on the CPU) or .pt2 file (torch.export or AOTInductor).
+
+    Raises:
+        FileNotFoundError, ValueError: naming the file: none, another suffix, not whole, or without segfast's metadata.
+        ImportError: ONNX Runtime is missing.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"want the file {path}, got none")
+    if path.suffix == ".onnx":
+        return _onnx(path)
+    if path.suffix == ".pt2":
+        return _pt2(path)
+    raise ValueError(f"{path}: want a file that ends in {' or '.join(SUFFIXES)}")
+
+
+def _onnx(path: Path) -> Artefact:
+    runtime = need("onnxruntime", f"load {path}")
+    options = runtime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.log_severity_level = 3
+    try:
+        session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # ONNX Runtime's errors have no class in common but this
+        raise ValueError(f"{path} is no whole ONNX file, or one that ONNX Runtime cannot run: {error}") from error
+    about = _about(path, session.get_modelmeta().custom_metadata_map.get("segfast"))
+    name = session.get_inputs()[0].name
+    return Artefact(path, about, lambda x: torch.from_numpy(session.run(None, {name: x.numpy()})[0]))
+
+
+def _pt2(path: Path) -> Artefact:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            text = next((archive.read(name) for name in archive.namelist() if name.endswith("extra/segfast.json")), None)
+            compiled = any("aotinductor" in name for name in archive.namelist())
+    except zipfile.BadZipFile as error:
+        raise ValueError(f"{path} is no whole .pt2 file, it may be truncated: {error}") from error
+    if compiled:
+        package = torch._inductor.aoti_load_package(str(path))
+        about = _about(path, package.get_metadata().get("segfast"))
+        return Artefact(path, about, package)
+    about = _about(path, text)
+    return Artefact(path, about, torch.export.load(io.BytesIO(path.read_bytes())).module())
+
+
+def _about(path: Path, text: str | bytes | None) -> dict:
+    if text is None:
+        raise ValueError(f"{path} does not say what network it holds: want a file that `segfast export` wrote")
+    return json.loads(text)

@@ -1,0 +1,532 @@
+"""int8 through torchao's PT2E flow, with the layers that cost too much kept in float, and training that knows of the rounding.
+
+Weights are int8 a channel, symmetric; activations uint8 a tensor, with ranges from calibration images. BatchNorms are folded.
+What comes out is an ATen graph at one image size, which PyTorch runs, torch.compile turns into oneDNN's int8 kernels, and ONNX
+takes as QuantizeLinear and DequantizeLinear pairs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from segfast import ops
+from segfast.deploy import export
+from segfast.deploy._packages import need
+from segfast.distill import create_method
+from segfast.engine import checkpoint
+from segfast.engine.run import Network
+from segfast.engine.train import poly, train
+from segfast.models import Output
+from segfast.nn import resize
+
+OBSERVERS = ("mse", "percentile", "min-max")
+FEWEST = 8  # images that a calibration takes at least
+PERCENTILE = 0.9999
+CONVOLUTIONS = (nn.Conv2d, nn.ConvTranspose2d)
+Score = Callable[[Callable[[Tensor], Tensor]], float]
+
+
+class Quantized(nn.Module):
+    """An int8 network: images (N, 3, H, W) of its size, as `model.preprocessing` makes them, to logits of that size.
+
+    Attributes:
+        graph: ATen operators with quantised convolutions; one image in, logits at their own stride out.
+        about: network, preprocessing, size, align_corners, observer, layers in float.
+    """
+
+    def __init__(self, graph: nn.Module, about: Mapping, preprocessing):
+        super().__init__()
+        self.graph, self.about, self.preprocessing = graph, dict(about), preprocessing
+
+    def forward(self, images: Tensor) -> Tensor:
+        return resize(self.logits(images), images.shape[2:], self.about["align_corners"])
+
+    def logits(self, images: Tensor) -> Tensor:
+        """At their own stride.
+
+        Raises:
+            ValueError: images of another size.
+        """
+        if tuple(images.shape[1:]) != (3, *self.about["size"]):
+            raise ValueError(f"quantized: want images (N, 3, {self.about['size']}), got {tuple(images.shape)}")
+        return torch.cat([self.graph(image[None]) for image in images])
+
+
+class Logits(nn.Module):
+    """A network up to its logits, for export."""
+
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.network.forward_features(images).logits
+
+
+class Classes(nn.Module):
+    """The int8 graph with its head."""
+
+    def __init__(self, quantized: Quantized, head: bool):
+        super().__init__()
+        # Not "graph": of the module that torch.export makes, that is the graph itself.
+        self.body, self.head, self.align_corners = quantized.graph, head, quantized.about["align_corners"]
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits = self.body(images)
+        if self.head:
+            return ops.upsample_argmax(logits, images.shape[2:], self.align_corners)
+        return resize(logits, images.shape[2:], self.align_corners)
+
+
+def quantize(
+    model: nn.Module,
+    images: Sequence[Tensor],
+    *,
+    observer: str = "mse",
+    keep: Iterable[str] = (),
+    score: Score | None = None,
+    max_drop: float | None = None,
+    network: Mapping | None = None,
+    say: Callable[[str], None] = lambda text: None,
+) -> Quantized:
+    """Post-training static int8.
+
+    Args:
+        model: a network of `segfast.models` in evaluation mode; not changed.
+        images: for calibration, at least 8, each (3, H, W) as `model.preprocessing` makes them, of one size.
+        observer: how ranges of activations are found: "mse" (least squared error over a histogram), "percentile" (99.99 %) or
+            "min-max".
+        keep: names of layers that stay in float.
+        score: gives the mIoU, 0 to 1, of a function from images to logits of their size; needed for `max_drop`.
+        max_drop: the most that int8 may lose, in points of mIoU. Layers are kept in float, the costliest by `sensitivity` first,
+            one, then twice as many, until it holds.
+        network: what a weights file says of its network, to be saved.
+        say: called with lines about what was tried.
+
+    Raises:
+        ValueError: too few images, sizes that differ, an activation that is not finite (the layer is named), a `keep` that
+            names no layer; or no choice of layers holds `max_drop`.
+        ImportError: torchao is missing.
+    """
+    need("torchao", "quantize")
+    images = checked(model, images)
+    if observer not in OBSERVERS:
+        raise ValueError(f"quantize: want an observer among {', '.join(OBSERVERS)}, got {observer!r}")
+    names, kept = list(layers(model)), list(keep)
+    unknown = [name for name in kept if name not in names]
+    if unknown:
+        raise ValueError(f"quantize: want layers of {model.name} to keep, such as {names[0]!r}, got {unknown}")
+    if max_drop is not None and score is None:
+        raise ValueError("quantize: want a score with max_drop, got none")
+    ranges(model, images)
+    quantized = static(model, images, observer, kept, network)
+    if max_drop is None:
+        return quantized
+    exact = score(model)
+    loss = 100 * (exact - score(quantized))
+    say(f"float {exact:.4f}, int8 {exact - loss / 100:.4f}")
+    if loss <= max_drop:
+        return quantized
+    costs = sensitivity(model, images, score, exact=exact)
+    order = [name for name in costs if name not in kept]
+    for line in [f"  {name}: {cost:+.2f}" for name, cost in costs.items()][:10]:
+        say(line)
+    count = 1
+    while order:
+        chosen = kept + order[:count]
+        quantized = static(model, images, observer, chosen, network)
+        loss = 100 * (exact - score(quantized))
+        say(f"{len(chosen)} layers in float: {exact - loss / 100:.4f}")
+        if loss <= max_drop:
+            return quantized
+        if count >= len(order):
+            break
+        count = min(2 * count, len(order))
+    raise ValueError(f"quantize: int8 loses {loss:.2f} points of mIoU with all layers in float: want a larger max_drop")
+
+
+def static(model: nn.Module, images: list[Tensor], observer: str, kept: Sequence[str], network: Mapping | None) -> Quantized:
+    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e
+
+    prepared = prepare(model, tuple(images[0].shape[1:]), observer, kept)
+    with torch.no_grad():
+        for image in images:
+            prepared(image[None])
+    graph = convert_pt2e(prepared)
+    about = export.describe(model, images[0].shape[1:], False, network, None, "segfast.deploy.quantize")
+    about |= {"quantized": "static int8", "observer": observer, "float_layers": list(kept)}
+    return Quantized(graph, about, model.preprocessing)
+
+
+def prepare(model: nn.Module, size: tuple[int, int], observer: str, kept: Sequence[str]) -> nn.Module:
+    """The network's graph with an observer at every range."""
+    from torchao.quantization.pt2e import MinMaxObserver
+    from torchao.quantization.pt2e.observer import HistogramObserver
+    from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e
+    from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
+
+    class PercentileObserver(HistogramObserver):
+        def _non_linear_param_search(self):
+            return shares(self.histogram, self.min_val, self.max_val)
+
+    observers = {"mse": HistogramObserver, "percentile": PercentileObserver, "min-max": MinMaxObserver}
+    config = x86.get_default_x86_inductor_quantization_config()
+    activation = dataclasses.replace(
+        config.input_activation,
+        observer_or_fake_quant_ctr=observers[observer].with_args(eps=2**-12),
+    )
+    config = dataclasses.replace(config, input_activation=activation, output_activation=activation)
+    quantizer = x86.X86InductorQuantizer().set_global(config)
+    for name in kept:
+        quantizer.set_module_name_qconfig(f"network.{name}", None)
+    with torch.no_grad(), export._quiet():
+        program = torch.export.export(Logits(model), (torch.zeros(1, 3, *size),)).module()
+        return prepare_pt2e(program, quantizer)
+
+
+def shares(histogram: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+    """The range that leaves 1 - PERCENTILE of the values out, half on each side, of a histogram from `low` to `high`."""
+    total = histogram.cumsum(0) / histogram.sum()
+    step = (high - low) / len(histogram)
+    first = int((total < (1 - PERCENTILE) / 2).sum())
+    last = int((total < 1 - (1 - PERCENTILE) / 2).sum()) + 1
+    return low + step * first, low + step * min(last, len(histogram))
+
+
+def checked(model: nn.Module, images: Iterable[Tensor]) -> list[Tensor]:
+    images = list(images)
+    if model.training:
+        raise RuntimeError(f"quantize: want {model.name} in evaluation mode: call .eval() first")
+    if len(images) < FEWEST:
+        raise ValueError(f"quantize: want at least {FEWEST} calibration images, some of every kind of scene, got {len(images)}")
+    sizes = {tuple(image.shape) for image in images}
+    if len(sizes) > 1 or any(len(size) != 3 or size[0] != 3 for size in sizes):
+        raise ValueError(f"quantize: want calibration images (3, H, W) of one size, got {sorted(sizes)}: crop or resize them")
+    return images
+
+
+def layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The convolutions by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, CONVOLUTIONS)}
+
+
+@torch.no_grad()
+def ranges(model: nn.Module, images: Iterable[Tensor]) -> dict[str, tuple[float, float]]:
+    """The smallest and largest input of every convolution.
+
+    Raises:
+        ValueError: one is not finite; the layer is named.
+    """
+    seen: dict[str, tuple[float, float]] = {}
+
+    def note(name: str):
+        def hook(_, args):
+            low, high = (float(x) for x in args[0].aminmax())
+            if not abs(low) + abs(high) < float("inf"):
+                raise ValueError(
+                    f"quantize: want finite activations, got {low} to {high} at the input of the layer {name!r}: look for NaN "
+                    "in the images and in the weights before it"
+                )
+            before = seen.get(name, (0.0, 0.0))
+            seen[name] = min(before[0], low), max(before[1], high)
+
+        return hook
+
+    handles = [module.register_forward_pre_hook(note(name)) for name, module in layers(model).items()]
+    try:
+        for image in images:
+            if not model.forward_features(image[None]).logits.isfinite().all():
+                raise ValueError(f"quantize: want finite logits, got others: look for NaN in the last layers of {model.name}")
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen
+
+
+def weight_axis(module: nn.Module) -> int:
+    """The axis of a convolution's weight that counts its outputs."""
+    return 1 if isinstance(module, nn.ConvTranspose2d) and module.groups == 1 else 0
+
+
+def channel_scale(weight: Tensor, axis: int) -> Tensor:
+    """The step of int8 a channel, broadcast along the others."""
+    return (weight.abs().amax([i for i in range(weight.dim()) if i != axis], keepdim=True) / 127.5).clamp(min=1e-12)
+
+
+class RoundedWeight(nn.Module):
+    """A weight as int8 a channel has it; gradients pass."""
+
+    def __init__(self, axis: int):
+        super().__init__()
+        self.axis = axis
+
+    def forward(self, weight: Tensor) -> Tensor:
+        scale = channel_scale(weight.detach(), self.axis).flatten()
+        zero = torch.zeros_like(scale, dtype=torch.int32)
+        return torch.fake_quantize_per_channel_affine(weight, scale, zero, self.axis, -128, 127)
+
+
+class RoundedInput:
+    """A hook that rounds a convolution's input to uint8 within a range, which follows the batches in training mode."""
+
+    def __init__(self, low: float, high: float, momentum: float = 0.05):
+        self.low, self.high, self.momentum = low, high, momentum
+
+    def __call__(self, module: nn.Module, args):
+        (x,) = args
+        if module.training:
+            low, high = (float(v) for v in x.detach().aminmax())
+            self.low += self.momentum * (min(0.0, low) - self.low)
+            self.high += self.momentum * (max(0.0, high) - self.high)
+        scale = max((self.high - self.low) / 255, 1e-12)
+        return (torch.fake_quantize_per_tensor_affine(x, scale, min(255, round(-self.low / scale)), 0, 255),)
+
+
+@contextlib.contextmanager
+def rounded(model: nn.Module, at: Mapping[str, tuple[float, float]]) -> Iterator[None]:
+    """The network in place with the convolutions `at`, with the ranges of their inputs, as int8 would compute them."""
+    found = layers(model)
+    handles = [found[name].register_forward_pre_hook(RoundedInput(*limits)) for name, limits in at.items()]
+    for name in at:
+        parametrize.register_parametrization(found[name], "weight", RoundedWeight(weight_axis(found[name])))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for name in at:
+            parametrize.remove_parametrizations(found[name], "weight", leave_parametrized=False)
+
+
+def sensitivity(model: nn.Module, images: Sequence[Tensor], score: Score, *, exact: float | None = None) -> dict[str, float]:
+    """What each layer alone costs in int8, in points of mIoU, the costliest first; simulated in float.
+
+    Args:
+        model, images, score: as in `quantize`.
+        exact: the score in float, where it is known.
+    """
+    limits = ranges(model, images)
+    exact = score(model) if exact is None else exact
+    costs = {}
+    for name, limit in limits.items():
+        with rounded(model, {name: limit}):
+            costs[name] = 100 * (exact - score(model))
+    return dict(sorted(costs.items(), key=lambda item: -item[1]))
+
+
+def quantize_aware(
+    model: nn.Module,
+    images: Sequence[Tensor],
+    loader: Iterable[tuple[Tensor, Tensor]],
+    steps: int,
+    *,
+    method: str = "pixel-wise",
+    learning_rate: float = 2e-4,
+    observer: str = "mse",
+    keep: Iterable[str] = (),
+    network: Mapping | None = None,
+    progress: Callable[[int, dict[str, float]], None] | None = None,
+) -> Quantized:
+    """Train on with every convolution rounded as int8 has it, distilled from the float network, then quantise.
+
+    Args:
+        model: in evaluation mode; the teacher, not changed.
+        images: for calibration, as in `quantize`.
+        loader: batches (images as the network takes them, labels), of any size.
+        steps: of AdamW.
+        method: of distillation, see `segfast.distill.list_methods()`.
+        learning_rate: the peak.
+        observer, keep, network: as in `quantize`.
+        progress: as in `segfast.engine.train`.
+
+    Raises:
+        ValueError, FloatingPointError: as `quantize` and `segfast.engine.train`.
+    """
+    need("torchao", "quantize_aware")
+    images = checked(model, images)
+    student, keep = copy.deepcopy(model), tuple(keep)
+    limits = {name: limit for name, limit in ranges(student, images).items() if name not in keep}
+    teacher = copy.deepcopy(model).requires_grad_(False)
+    learner = create_method(method, student, teacher)
+    with rounded(student, limits):
+        optimizer = torch.optim.AdamW([*student.parameters(), *learner.parameters()], lr=learning_rate)
+        # BatchNorm keeps its statistics: rounding shifts no mean by much, and small batches would.
+        train(Frozen(student), loader, lambda _, x, labels: learner(x, labels), optimizer, steps, poly(), progress)
+    return quantize(student.eval(), images, observer=observer, keep=keep, network=network)
+
+
+class Frozen(nn.Module):
+    """A network whose BatchNorms stay in evaluation mode."""
+
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor) -> Output:
+        return self.network.forward_features(images)
+
+    def train(self, mode: bool = True) -> Frozen:
+        super().train(mode)
+        for module in self.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
+        return self
+
+
+def save_quantized(quantized: Quantized, path: str | Path, miou: float | None = None) -> Path:
+    """A safetensors file of int8 weights, their scales and the activations' scales; `load_quantized` reads it."""
+    tensors = read_tensors(quantized.graph)
+    zero = [name for name, x in tensors.items() if name.startswith("_zero_point") and not x.any()]
+    about = {**quantized.about, "miou": miou, "activations": activation_scales(quantized.graph), "zero": zero}
+    return checkpoint.save(path, {name: x for name, x in tensors.items() if name not in zero}, about)
+
+
+def load_quantized(path: str | Path) -> Quantized:
+    """The network that `save_quantized` wrote.
+
+    Raises:
+        FileNotFoundError, ValueError: naming the file.
+    """
+    tensors, about = checkpoint.load(path)
+    if about.get("quantized") != "static int8":
+        raise ValueError(f"{path} holds no int8 network: want a file that `segfast quantize` wrote")
+    need("torchao", "load_quantized")
+    model = Network(**about["network"]).build().eval()
+    images = [torch.zeros(3, *about["size"])]
+    quantized = static(model, images, "min-max", about["float_layers"], about["network"])
+    own = read_tensors(quantized.graph)
+    tensors |= {name: torch.zeros_like(own[name]) for name in about["zero"]}
+    for node, (scale, zero) in zip(activation_nodes(quantized.graph), about["activations"], strict=True):
+        node.args = (node.args[0], scale, zero, *node.args[3:])
+    if sorted(own) != sorted(tensors):
+        raise ValueError(f"{path} was quantised by another release of torchao or PyTorch: want it quantised again")
+    for name, x in own.items():
+        x.copy_(tensors[name])
+    quantized.graph.recompile()
+    quantized.about = {name: value for name, value in about.items() if name not in ("activations", "zero")}
+    return quantized
+
+
+def read_tensors(graph) -> dict[str, Tensor]:
+    """The tensors that the graph reads; torchao leaves the float weights beside those that took their places."""
+    wanted = {node.target for node in graph.graph.nodes if node.op == "get_attr"}
+    own = {**dict(graph.named_parameters()), **dict(graph.named_buffers())}
+    return {name: own[name].detach() for name in sorted(wanted)}
+
+
+def activation_nodes(graph) -> list:
+    return [n for n in graph.graph.nodes if n.op == "call_function" and "quantize_per_tensor" in str(n.target)]
+
+
+def activation_scales(graph) -> list[tuple[float, int]]:
+    return [(float(n.args[1]), int(n.args[2])) for n in activation_nodes(graph)]
+
+
+def quantize_onnx(
+    quantized: Quantized, path: str | Path, *, head: bool = True, opset: int = export.OPSET, miou: float | None = None,
+    made: str = "segfast.deploy.quantize_onnx",
+) -> export.Exported:  # fmt: skip
+    """The PT2E graph as ONNX with QuantizeLinear and DequantizeLinear pairs and int8 weights.
+
+    ONNX Runtime's result is compared with the graph's: rounding falls differently on a few activations, so 99 % of the pixels of
+    the class map must agree.
+
+    Raises:
+        ValueError, ImportError: as `segfast.deploy.export_onnx`.
+    """
+    path = Path(path)
+    onnx = need("onnx", "quantize_onnx")
+    need("onnxscript", "quantize_onnx")
+    runtime = need("onnxruntime", "quantize_onnx")
+    size = tuple(quantized.about["size"])
+    whole = Classes(quantized, head)
+    images = torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(0))
+    with export._quiet(), torch.no_grad():
+        program = torch.export.export(whole, (images,))
+        proto = torch.onnx.export(
+            program, dynamo=True, verbose=False, opset_version=opset, input_names=["images"],
+            output_names=["classes" if head else "logits"],
+        ).model_proto  # fmt: skip
+    unstripped = proto.ByteSize()
+    export.strip(proto)
+    about = {**quantized.about, "head": head, "miou": miou, "made": made}
+    onnx.helper.set_model_props(proto, {"segfast": json.dumps(about)})
+    content = proto.SerializeToString()
+    session = runtime.InferenceSession(content, providers=["CPUExecutionProvider"])
+    got = torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+    with torch.no_grad():
+        want = whole(images)
+    agreement = float(((got if head else got.argmax(1)) == (want if head else want.argmax(1))).float().mean())
+    if agreement < 0.99:
+        raise ValueError(
+            f"quantize_onnx: want 99 % of the pixels as PyTorch's int8 has them, got {agreement:.2%}; nothing written"
+        )
+    checkpoint.write(path, content)
+    counts = export.operators(proto)
+    refused = tuple(sorted(set(counts) - export.TENSORRT))
+    return export.Exported(path, len(content), unstripped, None, agreement, counts, refused)
+
+
+def lower(quantized: Quantized) -> Callable[[Tensor], Tensor]:
+    """The graph on oneDNN's int8 kernels through torch.compile with freezing."""
+    import torch._inductor.config as inductor
+
+    compiled = torch.compile(quantized.graph)
+
+    def run(images: Tensor) -> Tensor:
+        with torch.no_grad(), inductor.patch(freezing=True):
+            return compiled(images)
+
+    return run
+
+
+def half(model: nn.Module, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    """A copy of the network in bfloat16 or float16, a function from float32 images to float32 logits of their size."""
+    smaller = copy.deepcopy(model).to(dtype)
+    return lambda images: smaller(images.to(dtype)).float()
+
+
+def weights_only(model: nn.Module) -> nn.Module:
+    """A copy of the network whose convolutions' weights are rounded to int8 a channel; the arithmetic is float's."""
+    smaller = copy.deepcopy(model)
+    for module in layers(smaller).values():
+        with torch.no_grad():
+            module.weight.copy_(RoundedWeight(weight_axis(module))(module.weight))
+    return smaller
+
+
+def save_weights_only(model: nn.Module, path: str | Path, network: Mapping, miou: float | None = None) -> Path:
+    """A safetensors file of int8 weights a channel and their scales, the rest as it is; `load_weights_only` reads it."""
+    found, tensors = layers(model), {}
+    for name, x in model.state_dict().items():
+        module = found.get(name.removesuffix(".weight"))
+        if module is None or not name.endswith(".weight"):
+            tensors[name] = x
+            continue
+        scale = channel_scale(x, weight_axis(module))
+        tensors[name], tensors[f"{name}.scale"] = (x / scale).round().clamp(-128, 127).to(torch.int8), scale
+    return checkpoint.save(path, tensors, {"network": dict(network), "quantized": "int8", "weights_only": True, "miou": miou})
+
+
+def load_weights_only(path: str | Path) -> nn.Module:
+    """The network, in evaluation mode, with float weights at int8's places.
+
+    Raises:
+        FileNotFoundError, ValueError: naming the file.
+    """
+    tensors, about = checkpoint.load(path)
+    if not about.get("weights_only"):
+        raise ValueError(f"{path} does not hold int8 weights alone: want a file that `segfast quantize --mode weights` wrote")
+    scales = {name.removesuffix(".scale"): tensors.pop(name) for name in [*tensors] if name.endswith(".weight.scale")}
+    model = Network(**about["network"]).build()
+    model.load_state_dict({name: x.float() * scales[name] if name in scales else x for name, x in tensors.items()})
+    return model.eval()

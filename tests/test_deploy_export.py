@@ -1,0 +1,268 @@
+"""Exported files give what PyTorch gives, say what they are, and are whole or not there."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import count, seed_of_commit
+from PIL import Image
+from torch import nn
+from typer.testing import CliRunner
+
+import segfast
+from segfast import deploy
+from segfast.cli import app
+from segfast.engine import checkpoint
+
+onnx = pytest.importorskip("onnx")
+pytest.importorskip("onnxscript")
+runtime = pytest.importorskip("onnxruntime")
+
+SIZE = (64, 96)
+
+
+def trained(name: str, classes: int = 5, **options) -> nn.Module:
+    """A network whose BatchNorms have seen images: its logits spread over the classes."""
+    torch.manual_seed(0)
+    model = segfast.create_model(name, classes, **options)
+    with torch.no_grad():
+        for _ in range(2):
+            model(torch.randn(2, 3, *SIZE))
+    return model.eval()
+
+
+def drawn(ci: int) -> list[str]:
+    names = segfast.list_models()
+    return random.Random(seed_of_commit() + 1).sample(names, count(min(ci, len(names)), len(names)))
+
+
+def call(*arguments):
+    return CliRunner().invoke(app, [str(a) for a in arguments], env={"COLUMNS": "220", "NO_COLOR": "1", "TERM": "dumb"})
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A weights file as a run writes it, and a file of free size with its head inside."""
+    folder = tmp_path_factory.mktemp("export")
+    model = trained("espnet_c", 3, q=1)
+    about = {
+        "model": "espnet_c", "num_classes": 3, "options": {"q": 1}, "classes": ["road", "car", "sky"],
+        "palette": [[128, 64, 128], [0, 0, 142], [70, 130, 180]],
+    }  # fmt: skip
+    checkpoint.save(folder / "best.safetensors", model.state_dict(), {"network": about})
+    (folder / "result.json").write_text(json.dumps({"best_miou": 0.5}))
+    done = deploy.export_onnx(model, folder / "free.onnx", SIZE, dynamic=True, head=True, network=about, miou=0.5)
+    return folder, model, done
+
+
+@pytest.mark.parametrize("name", drawn(1))
+def test_every_network(name, tmp_path):
+    """As logits, in ONNX Runtime and OpenVINO, at two sizes; as classes in ONNX Runtime. `export_onnx` compares by itself too."""
+    model = trained(name)
+    sizes = [SIZE, (97, 129)]
+    for head, size in zip((False, True), sizes):
+        path = tmp_path / f"{size[0]}.onnx"
+        done = deploy.export_onnx(model, path, size, head=head)
+        assert done.refused == (), "TensorRT's parser does not take it"
+        onnx.checker.check_model(path)
+        images = torch.randn(1, 3, *size)
+        with torch.no_grad():
+            want = model(images)
+        session = runtime.InferenceSession(path, providers=["CPUExecutionProvider"])
+        (got,) = session.run(None, {"images": images.numpy()})
+        agree(torch.from_numpy(got), want, head)
+        try:
+            import openvino
+        except ImportError:
+            continue
+        settings = {"INFERENCE_PRECISION_HINT": "f32"}
+        compiled = openvino.Core().compile_model(str(path), "CPU", settings)
+        agree(torch.from_numpy(compiled(images.numpy())[0]), want, head)
+
+
+def agree(got: torch.Tensor, want: torch.Tensor, head: bool) -> None:
+    if head:
+        assert got.dtype == torch.uint8
+        assert (got == want.argmax(1)).float().mean() >= 0.999
+    else:
+        assert (got - want).abs().max() <= 1e-4 * want.abs().max()
+
+
+def test_free_size(folder):
+    path, model, done = folder
+    artefact = deploy.load(path / "free.onnx")
+    assert done.agreement >= 0.999
+    for n, size in ((1, (64, 96)), (3, (65, 131)), (2, (33, 50))):
+        images = torch.rand(n, 3, *size)
+        with torch.no_grad():
+            want = model(model.preprocessing(images * 255)).argmax(1)
+        assert (artefact(images) == want).float().mean() >= 0.999
+
+
+def test_metadata_and_stripping(folder):
+    path, _, done = folder
+    proto = onnx.load(path / "free.onnx")
+    (entry,) = proto.metadata_props
+    assert entry.key == "segfast"
+    about = json.loads(entry.value)
+    assert about["network"]["classes"] == ["road", "car", "sky"]
+    assert about["network"]["palette"][1] == [0, 0, 142]
+    assert about["miou"] == 0.5
+    assert about["segfast"] == segfast.__version__
+    assert about["preprocessing"]["divisor"] == 1.0
+    assert about["made"]
+    text = (path / "free.onnx").read_bytes()
+    assert b"stack_trace" not in text
+    assert os.fsencode(Path(segfast.__file__).parent) not in text
+    assert not any(node.doc_string or node.metadata_props for node in proto.graph.node)
+    assert done.bytes == len(text) < done.unstripped
+    assert sum(done.operators.values()) == len(proto.graph.node)
+    assert [o.version for o in proto.opset_import if o.domain == ""] == [20]
+    assert proto.graph.output[0].type.tensor_type.elem_type == onnx.TensorProto.UINT8
+
+
+def test_fresh_process_reads_it_without_the_exporter(folder, tmp_path):
+    path, _, _ = folder
+    code = f"""
+import sys
+for name in ("onnx", "onnxscript", "torchao", "timm", "torchvision", "torchmetrics", "accelerate"):
+    sys.modules[name] = None
+import torch
+from segfast.deploy import load
+print(tuple(load({str(path / "free.onnx")!r})(torch.rand(2, 3, 40, 50)).shape))
+"""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=environment, check=False
+    )
+    assert done.stdout.strip() == "(2, 40, 50)", done.stderr
+
+
+def test_fixed_size_takes_other_sizes(tmp_path, folder):
+    _, model, _ = folder
+    deploy.export_program(model, tmp_path / "a.pt2", SIZE)
+    artefact = deploy.load(tmp_path / "a.pt2")
+    images = torch.rand(2, 3, 128, 192)
+    small = nn.functional.interpolate(images, SIZE, mode="bilinear", antialias=True)
+    with torch.no_grad():
+        want = model(model.preprocessing(small * 255))
+    want = nn.functional.interpolate(want, (128, 192), mode="bilinear")
+    torch.testing.assert_close(artefact(images), want, rtol=0, atol=1e-3 * float(want.abs().max()))
+
+
+@pytest.mark.skipif(count(0, 1) == 0, reason="AOTInductor compiles for half a minute: full effort")
+def test_compiled_package(tmp_path, folder):
+    _, model, _ = folder
+    done = deploy.export_program(model, tmp_path / "a.pt2", SIZE, compiled=True, head=True, miou=0.25)
+    assert done.agreement >= 0.999
+    artefact = deploy.load(tmp_path / "a.pt2")
+    assert artefact.about["miou"] == 0.25
+    images = torch.rand(1, 3, *SIZE)
+    with torch.no_grad():
+        want = model(model.preprocessing(images * 255)).argmax(1)
+    assert (artefact(images) == want).float().mean() >= 0.999
+
+
+def test_commands(folder, tmp_path):
+    path, model, _ = folder
+    image = np.random.default_rng(0).integers(0, 256, (70, 100, 3), dtype=np.uint8)
+    Image.fromarray(image).save(tmp_path / "frame.png")
+    result = call("export", path, tmp_path / "out" / "n.onnx", "--size", 70, 100)
+    assert result.exit_code == 0, result.output
+    assert "TensorRT's parser takes them all" in result.output
+    about = deploy.load(tmp_path / "out" / "n.onnx").about
+    assert about["miou"] == 0.5
+    assert "export" in about["made"] or "pytest" in about["made"]
+    result = call("predict", "--model", tmp_path / "out" / "n.onnx", tmp_path / "frame.png", "--out", tmp_path / "predictions")
+    assert result.exit_code == 0, result.output
+    classes = np.asarray(Image.open(tmp_path / "predictions" / "frame.png"))
+    assert (classes == model.predict(image)).mean() >= 0.999
+    again = call("predict", tmp_path / "out" / "n.onnx", tmp_path / "frame.png", "--flip", "--out", tmp_path / "p")
+    assert again.exit_code == 2
+    assert "--no-head" in again.output
+    assert call("predict", tmp_path / "frame.png").exit_code == 2
+
+
+class Looks(nn.Module):
+    def forward(self, x):
+        return x if x.sum() > 0 else -x
+
+
+class Decomposes(nn.Module):
+    def forward(self, x):
+        return x + torch.linalg.eigvals(x[0, 0, :4, :4]).real.sum()
+
+
+@pytest.mark.parametrize("layer", [Looks(), Decomposes()])
+def test_what_cannot_be_exported_names_the_layer(layer, tmp_path):
+    model = trained("fast_scnn", 3, width=0.25)
+    model.classifier.conv[0] = layer
+    with pytest.raises(ValueError, match=r"classifier\.conv\.0.*want|classifier\.conv\.0.*Want"):
+        deploy.export_onnx(model, tmp_path / "a.onnx", SIZE)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_wrong_file_is_not_written(tmp_path, monkeypatch):
+    """The comparison with PyTorch decides: a network that changes after it was traced stands for a wrong translation."""
+    from segfast.deploy import export
+
+    model = trained("fast_scnn", 3, width=0.25)
+    program = export._program
+
+    def late(*arguments):
+        traced = program(*arguments)
+        model.classifier.conv[1] = nn.Conv2d(32, 3, 1)
+        return traced
+
+    monkeypatch.setattr(export, "_program", late)
+    with pytest.raises(ValueError, match="other numbers once exported"):
+        deploy.export_program(model, tmp_path / "a.pt2", SIZE)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_interrupted_export_leaves_nothing(tmp_path, monkeypatch):
+    model = trained("fast_scnn", 3, width=0.25)
+
+    def stopped(source, target):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        deploy.export_program(model, tmp_path / "a.pt2", SIZE)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_bad_arguments(tmp_path, folder):
+    path, model, _ = folder
+    with pytest.raises(ValueError, match=r"ends in \.onnx"):
+        deploy.export_onnx(model, tmp_path / "a.pt2", SIZE)
+    with pytest.raises(ValueError, match="opset 18"):
+        deploy.export_onnx(model, tmp_path / "a.onnx", SIZE, opset=11)
+    with pytest.raises(ValueError, match="at least 32 for espnet_c"):
+        deploy.export_onnx(model, tmp_path / "a.onnx", (2, 2))
+    with pytest.raises(RuntimeError, match="evaluation mode"):
+        deploy.export_onnx(segfast.create_model("fast_scnn"), tmp_path / "a.onnx", SIZE)
+    with pytest.raises(FileNotFoundError):
+        deploy.load(tmp_path / "none.onnx")
+    for name, content in (("a.onnx", (path / "free.onnx").read_bytes()[:5000]), ("a.pt2", b"PK"), ("a.txt", b"")):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=f"{name}.*(whole|ends in)"):
+            deploy.load(tmp_path / name)
+    other = onnx.load(path / "free.onnx")
+    del other.metadata_props[:]
+    onnx.save(other, tmp_path / "other.onnx")
+    with pytest.raises(ValueError, match="does not say what network"):
+        deploy.load(tmp_path / "other.onnx")
+
+
+def test_missing_package_names_the_extra(tmp_path, monkeypatch, folder):
+    _, model, _ = folder
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    with pytest.raises(ImportError, match=r"segfast\[deploy\]"):
+        deploy.export_onnx(model, tmp_path / "a.onnx", SIZE)
