@@ -1,0 +1,330 @@
+"""What each step runs: one function of tensors a step, with its weights packed, chosen by a table of what was measured faster."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from segfast import _backend
+from segfast.optimize._capture import Graph, Op
+from segfast.optimize._patterns import (
+    IDENTITY,
+    Activation,
+    Affine,
+    Argmax,
+    Aten,
+    Block,
+    Convolution,
+    Head,
+    Resize,
+    Shuffle,
+    Step,
+)
+
+aten = torch.ops.aten
+CHANNELS_LAST = torch.channels_last
+Run = Callable[..., Tensor]
+
+# oneDNN's names
+ONEDNN = {
+    "": "none", "relu": "relu", "silu": "swish", "hardswish": "hardswish", "hardtanh": "hardtanh", "leaky_relu": "leaky_relu",
+    "gelu": "gelu", "sigmoid": "sigmoid", "tanh": "tanh", "hardsigmoid": "hardsigmoid",
+}  # fmt: skip
+
+
+class Weights:
+    """Folded and packed weights by what they were made of, shared by all sizes that a network is called with."""
+
+    def __init__(self, originals: dict[str, Tensor], dtype: torch.dtype):
+        self.originals, self.dtype = originals, dtype
+        self.packed: dict[tuple, object] = {}
+
+    def get(self, name: tuple | None, make: Callable[[], object]) -> object:
+        if name is None:
+            return make()
+        if name not in self.packed:
+            self.packed[name] = make()
+        return self.packed[name]
+
+    def exact(self, op: Op, graph: Graph) -> Tensor:
+        """A constant in float64, from the network's own parameter where it is one: a bfloat16 copy has lost digits."""
+        return self.originals.get(graph.names.get(op), graph.tensors[op]).detach().double()
+
+    def folded(self, step: Convolution, graph: Graph) -> tuple[Tensor, Tensor]:
+        """Weight and bias of the convolution with its BatchNorm, float64."""
+        weight = self.exact(step.weight, graph)
+        groups, outputs = step.groups, weight.shape[0]
+        if step.transposed:
+            outputs = weight.shape[1] * groups
+        bias = weight.new_zeros(outputs) if step.bias is None else self.exact(step.bias, graph)
+        for norm in step.norms:
+            scale, shift = self.scale(norm, graph)
+            if step.transposed:  # (C, K / groups, kh, kw), the outputs second, one group after the other
+                parts = scale.view(groups, 1, -1, 1, 1)
+                weight = (weight.view(groups, -1, *weight.shape[1:]) * parts).view(weight.shape)
+            else:
+                weight = weight * scale.view(-1, 1, 1, 1)
+            bias = bias * scale + shift
+        return weight, bias
+
+    def scale(self, norm: tuple, graph: Graph) -> tuple[Tensor, Tensor]:
+        """A BatchNorm as y = scale x + shift, float64."""
+        mean, variance, weight, bias, eps = norm
+        scale = torch.rsqrt(self.exact(variance, graph) + eps)
+        if weight is not None:
+            scale = scale * self.exact(weight, graph)
+        shift = -self.exact(mean, graph) * scale
+        return scale, shift if bias is None else shift + self.exact(bias, graph)
+
+
+def named(graph: Graph, step: Convolution, *more) -> tuple | None:
+    names = [graph.names.get(t) for t in step.tensors]
+    return None if None in names else (*names, *more)
+
+
+def has(op: str) -> bool:
+    return "cpu" in _backend.table.get(op, {})
+
+
+def onednn(dtype: torch.dtype) -> bool:
+    if not torch.backends.mkldnn.is_available() or not torch.backends.mkldnn.enabled:
+        return False
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+class Builder:
+    """Makes the function of a step for the sizes of one graph."""
+
+    def __init__(self, graph: Graph, weights: Weights, class_dtype: torch.dtype | None):
+        self.graph, self.weights, self.class_dtype = graph, weights, class_dtype
+        self.onednn = onednn(weights.dtype)
+        self.owned: set[Op] = set()  # results that only their readers hold: the last one may overwrite them
+
+    def build(self, step: Step) -> tuple[str, Run, list[Op]]:
+        """(how it runs, the function, its arguments)."""
+        how, run, inputs = getattr(self, type(step).__name__.lower())(step)
+        return how, run, inputs
+
+    def overwritable(self, x: Op, step: Step) -> bool:
+        return x in self.owned and len(x.users) == 1 and step.inputs.count(x) == 1
+
+    # -- convolutions
+
+    def convolution(self, step: Convolution) -> tuple[str, Run, list[Op]]:
+        self.owned.add(step.output)
+        if self.onednn and step.act.name in ONEDNN and step.output.dtype == self.weights.dtype and 0 not in step.output.shape:
+            return self.onednn_convolution(step)
+        return self.aten_convolution(step)
+
+    def onednn_convolution(self, step: Convolution) -> tuple[str, Run, list[Op]]:
+        shape = step.inputs[0].shape
+
+        def pack():
+            weight, bias = (t.to(self.weights.dtype) for t in self.weights.folded(step, self.graph))
+            options = (list(step.padding), list(step.stride), list(step.dilation), step.groups, list(shape))
+            if step.transposed:
+                options = (options[0], list(step.output_padding), *options[1:])
+                return torch.ops.mkldnn._reorder_convolution_transpose_weight(weight, *options), bias
+            return torch.ops.mkldnn._reorder_convolution_weight(weight, *options), bias
+
+        weight, bias = self.weights.get(named(self.graph, step, "onednn", shape), pack)
+        padding, stride, dilation = list(step.padding), list(step.stride), list(step.dilation)
+        name, numbers, algorithm = onednn_activation(step.act)
+        if step.transposed:
+            kernel = torch.ops.mkldnn._convolution_transpose_pointwise.default
+            tail = (weight, bias, padding, list(step.output_padding), stride, dilation, step.groups, name, numbers, algorithm)
+
+            def run(x):
+                return kernel(x.contiguous(memory_format=CHANNELS_LAST), *tail)
+
+            return "oneDNN", run, step.inputs
+        tail = (weight, bias, padding, stride, dilation, step.groups)
+        if not step.added:
+            kernel = torch.ops.mkldnn._convolution_pointwise.default
+            tail = (*tail, name, numbers, algorithm)
+
+            def run(x):
+                return kernel(x.contiguous(memory_format=CHANNELS_LAST), *tail)
+
+            return "oneDNN", run, step.inputs
+        tail = (*tail, "add", 1.0, None if name == "none" else name, numbers, algorithm)
+        if self.overwritable(step.inputs[1], step):
+            kernel = torch.ops.mkldnn._convolution_pointwise_.binary
+
+            def run(x, add):
+                return kernel(add.contiguous(memory_format=CHANNELS_LAST), x.contiguous(memory_format=CHANNELS_LAST), *tail)
+
+            return "oneDNN, into the map that is added", run, step.inputs
+        kernel = torch.ops.mkldnn._convolution_pointwise.binary
+
+        def run(x, add):
+            return kernel(x.contiguous(memory_format=CHANNELS_LAST), add.contiguous(memory_format=CHANNELS_LAST), *tail)
+
+        return "oneDNN", run, step.inputs
+
+    def aten_convolution(self, step: Convolution) -> tuple[str, Run, list[Op]]:
+        dtype = step.output.dtype
+
+        def pack():
+            weight, bias = self.weights.folded(step, self.graph)
+            return weight.to(dtype).contiguous(memory_format=CHANNELS_LAST), bias.to(dtype)
+
+        weight, bias = self.weights.get(named(self.graph, step, "aten"), pack)
+        options = (step.stride, step.padding, step.dilation, step.transposed, step.output_padding or (0, 0), step.groups)
+        act = function(step.act)
+
+        def run(x, add=None):
+            y = aten.convolution.default(x.contiguous(memory_format=CHANNELS_LAST), weight, bias, *options)
+            return act(y if add is None else y.add_(add))
+
+        return "ATen", run, step.inputs
+
+    # -- blocks
+
+    def block(self, step: Block) -> tuple[str, Run, list[Op]]:
+        self.owned.add(step.output)
+        last = step.parts[-1]
+        depthwise = step.parts[-2]
+
+        def pack():
+            weights = [self.weights.folded(part, self.graph) for part in (depthwise, last)]
+            return [t.to(self.weights.dtype).contiguous() for pair in weights for t in pair]
+
+        names = [named(self.graph, part) for part in (depthwise, last)]
+        packed = self.weights.get(None if None in names else (*names[0], *names[1], "ds_conv"), pack)
+        none = (None, None, None, None, 0.0)
+        act = IDENTITY if last.added else last.act
+        options = (depthwise.stride, depthwise.padding, depthwise.dilation, depthwise.act.code, act.code)
+        kernel = torch.ops.segfast.ds_conv.default
+        tail = (packed[0], packed[1], *none, packed[2], packed[3], *none, *options)
+        after = function(last.act)
+        how, expand, _ = self.convolution(step.parts[0]) if len(step.parts) == 3 else ("", None, [])
+
+        def run(x, add=None):
+            y = x if expand is None else expand(x)
+            y = kernel(y.contiguous(memory_format=CHANNELS_LAST), *tail)
+            return y if add is None else after(y.add_(add))
+
+        return f"{how}, segfast::ds_conv".removeprefix(", "), run, step.inputs
+
+    # -- the rest
+
+    def affine(self, step: Affine) -> tuple[str, Run, list[Op]]:
+        self.owned.add(step.output)
+        dtype = step.output.dtype
+        scale, shift = (t.to(dtype).view(1, -1, 1, 1) for t in self.weights.scale(step.norm, self.graph))
+        act = function(step.act)
+        if self.overwritable(step.inputs[0], step):
+            return "ATen, in place", lambda x: act(x.mul_(scale).add_(shift)), step.inputs
+        return "ATen", lambda x: act(torch.addcmul(shift, x, scale)), step.inputs
+
+    def resize(self, step: Resize) -> tuple[str, Run, list[Op]]:
+        self.owned.add(step.output)
+        x, size, align_corners = step.inputs[0], step.size, step.align_corners
+        shape = step.output.shape
+        if x.shape == shape:
+            self.owned.discard(step.output)
+            return "nothing: the same size", lambda x: x, step.inputs
+        kernel = aten.upsample_bilinear2d.out
+
+        def run(x):
+            return kernel(x, size, align_corners, None, None, out=_backend.empty(shape, x))
+
+        return "ATen, into large pages", run, step.inputs
+
+    def head(self, step: Head) -> tuple[str, Run, list[Op]]:
+        size, align_corners = step.size, step.align_corners
+        dtype = self.class_dtype or torch.int64
+        if not has("upsample_argmax"):
+            def run(x):
+                y = aten.upsample_bilinear2d.vec(x.float(), size, align_corners, None)
+                return y.argmax(1).to(dtype)
+
+            return "ATen", run, step.inputs
+        kernel, bytes = torch.ops.segfast.upsample_argmax.default, dtype.itemsize
+        return "segfast::upsample_argmax", lambda x: kernel(x, size, align_corners, bytes, False)[0], step.inputs
+
+    def argmax(self, step: Argmax) -> tuple[str, Run, list[Op]]:
+        dtype = self.class_dtype or torch.int64
+        return "ATen", lambda x: x.argmax(1).to(dtype), step.inputs
+
+    def shuffle(self, step: Shuffle) -> tuple[str, Run, list[Op]]:
+        self.owned.add(step.output)
+        groups = step.groups
+        if len(step.inputs) > 1:
+            if has("concat_shuffle"):
+                kernel = torch.ops.segfast.concat_shuffle.default
+                return "segfast::concat_shuffle", lambda *x: kernel(last(x), groups), step.inputs
+            return "ATen", lambda *x: aten.channel_shuffle.default(torch.cat(x, 1), groups), step.inputs
+        if has("channel_shuffle"):
+            kernel = torch.ops.segfast.channel_shuffle.default
+            return "segfast::channel_shuffle", lambda x: kernel(x, groups), step.inputs
+        return "ATen", lambda x: aten.channel_shuffle.default(x, groups), step.inputs
+
+    def aten(self, step: Aten) -> tuple[str, Run, list[Op]]:
+        op = step.output
+        target = op.target
+        if op.kind in FRESH:
+            self.owned.add(op)
+        if op.kind in IN_PLACE and op.args and isinstance(op.args[0], Op):
+            args = list(op.args)
+            commutes = op.kind in ("add", "mul") and op.kwargs.get("alpha", 1) == 1 and len(args) == 2 and isinstance(args[1], Op)
+            if commutes and not self.overwritable(args[0], step):
+                args.reverse()
+            if self.overwritable(args[0], step) and args[0].value == op.value:
+                packet = getattr(aten, f"{op.kind}_")
+                return self.call(step, getattr(packet, target._overloadname), tuple(args), "ATen, in place")
+        if op.kind == "view" and target._overloadname == "default":
+            target = aten.reshape.default  # the map may lie in memory otherwise than in the graph
+        return self.call(step, target, op.args, "ATen")
+
+    def call(self, step: Aten, target, args: tuple, how: str) -> tuple[str, Run, list[Op]]:
+        names: dict[str, object] = {"target": target}
+        inputs: list[Op] = []
+
+        def written(value) -> str:
+            if isinstance(value, Op) and value not in self.graph.tensors:
+                if value not in inputs:
+                    inputs.append(value)
+                return f"x{inputs.index(value)}"
+            if isinstance(value, list | tuple):
+                inner = "".join(f"{written(v)}, " for v in value)
+                return f"[{inner}]" if isinstance(value, list) else f"({inner})"
+            name = f"c{len(names)}"
+            names[name] = self.graph.tensors[value] if isinstance(value, Op) else value
+            return name
+
+        parts = [written(a) for a in args] + [f"{k}={written(v)}" for k, v in step.output.kwargs.items()]
+        signature = ", ".join(f"x{i}" for i in range(len(inputs)))
+        return how, eval(f"lambda {signature}: target({', '.join(parts)})", names), inputs  # noqa: S307
+
+
+FRESH = {
+    "add", "sub", "mul", "div", "relu", "relu6", "hardtanh", "hardswish", "silu", "sigmoid", "hardsigmoid", "leaky_relu", "gelu",
+    "cat", "max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "mean", "prelu", "pixel_shuffle", "upsample_nearest2d", "batch_norm",
+    "_adaptive_avg_pool2d", "upsample_bicubic2d", "elu", "tanh", "exp", "softmax", "group_norm", "layer_norm", "conv2d", "convolution",
+}  # fmt: skip
+IN_PLACE = {"add", "sub", "mul", "div", "relu", "hardtanh", "hardswish", "silu", "sigmoid", "hardsigmoid", "leaky_relu", "tanh"}
+
+
+def last(tensors: tuple) -> list[Tensor]:
+    return [x.contiguous(memory_format=CHANNELS_LAST) for x in tensors]
+
+
+def onednn_activation(act: Activation) -> tuple[str, list, str]:
+    if act.name == "gelu":
+        return "gelu", [], act.numbers[0]
+    return ONEDNN[act.name], list(act.numbers), ""
+
+
+def function(act: Activation) -> Callable[[Tensor], Tensor]:
+    """The activation in place."""
+    name, numbers = act
+    if not name:
+        return lambda x: x
+    if name == "gelu":
+        return lambda x: torch.nn.functional.gelu(x, approximate=numbers[0])
+    kernel = getattr(aten, f"{name}_").default
+    return lambda x: kernel(x, *numbers)
