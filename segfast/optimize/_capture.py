@@ -1,4 +1,4 @@
-"""A network as a graph of ATen operations with the sizes of one call: torch.export, its guards, and what it stands for at a size."""
+"""A network as a graph of ATen operations with the sizes of one call: torch.export, its guards, the graph at a size."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import sympy
 import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim, export
@@ -25,13 +24,23 @@ _HERE = str(Path(__file__).parent)
 
 # Operations whose result is (or may be) their first argument in other clothes.
 _VIEWS = {
-    "view", "reshape", "expand", "expand_as", "slice", "select", "split", "split_with_sizes", "chunk", "permute", "transpose", "t",
-    "unsqueeze", "squeeze", "flatten", "unflatten", "narrow", "unbind", "movedim", "contiguous", "detach", "alias", "dropout",
-    "feature_dropout", "alpha_dropout", "to", "_to_copy", "view_as", "as_strided", "swapaxes", "mT", "numpy_T", "getitem", "lift_fresh",
-    "type_as", "unsafe_split", "unsafe_chunk", "diagonal", "broadcast_to", "real", "tensor_split", "hsplit", "vsplit",
+    "alias", "alpha_dropout", "broadcast_to", "chunk", "contiguous", "detach", "diagonal", "dropout", "expand", "expand_as",
+    "feature_dropout", "flatten", "getitem", "hsplit", "lift_fresh", "mT", "movedim", "narrow", "numpy_T", "permute", "reshape",
+    "select", "slice", "split", "split_with_sizes", "squeeze", "swapaxes", "t", "tensor_split", "to", "transpose", "type_as",
+    "unbind", "unflatten", "unsafe_chunk", "unsafe_split", "unsqueeze", "view", "view_as", "vsplit",
 }  # fmt: skip
 _NOTHING = {"_assert_tensor_metadata", "_assert_scalar", "_assert_async", "sym_constrain_range", "sym_constrain_range_for_size"}
-_SAME_VALUE = {"detach", "alias", "clone", "contiguous", "lift_fresh", "lift_fresh_copy", "dropout", "feature_dropout", "alpha_dropout"}
+_SAME_VALUE = {
+    "detach",
+    "alias",
+    "clone",
+    "contiguous",
+    "lift_fresh",
+    "lift_fresh_copy",
+    "dropout",
+    "feature_dropout",
+    "alpha_dropout",
+}
 
 
 class NotCaptured(Exception):
@@ -99,9 +108,13 @@ class Capture:
         """{symbol: number} if the graph stands for these inputs, else None."""
         if not self.dynamic:
             return {} if key(flat) == self.key else None
+        import sympy  # torch.export of free sizes has loaded it; `import segfast` need not
+
         if key(flat, sizes=False) != self.kinds:
             return None
-        pairs = [(want, have) for sizes, value in zip(self.sizes, flat) for want, have in zip(sizes, value.shape if sizes else ())]
+        pairs = [
+            (want, have) for sizes, value in zip(self.sizes, flat) for want, have in zip(sizes, value.shape if sizes else ())
+        ]
         found: dict = {}
         for want, have in pairs:
             if isinstance(want, sympy.Symbol):
@@ -205,7 +218,9 @@ def where(error: BaseException) -> str:
         frames = [
             f
             for f in traceback.extract_tb(error.__traceback__)
-            if not f.filename.startswith((_TORCH, _HERE, "<")) and "/contextlib.py" not in f.filename and "/copyreg.py" not in f.filename
+            if not f.filename.startswith((_TORCH, _HERE, "<"))
+            and "/contextlib.py" not in f.filename
+            and "/copyreg.py" not in f.filename
         ]
         error = error.__cause__ or error.__context__
     if not frames:
@@ -239,7 +254,12 @@ def needs_functional_form(graph: fx.Graph) -> bool:
             return True
         if inplace(node.target):
             target = node.args[0] if node.args else None
-            if not isinstance(target, fx.Node) or target in viewed or target.op != "call_function" or out_of_place(node.target) is None:
+            if (
+                not isinstance(target, fx.Node)
+                or target in viewed
+                or target.op != "call_function"
+                or out_of_place(node.target) is None
+            ):
                 return True
         if _name(node.target) in _VIEWS:
             viewed.add(node)

@@ -99,12 +99,15 @@ class Program:
             if done:
                 lines.append(f"    {' = '.join(done)} = None")
         results = []
+        namespace["classes"] = builder.class_dtype
         for position, output in enumerate(graph.outputs):
-            if isinstance(output, Op):
-                results.append(names.get(output, f"k{id(output)}"))
-            else:
+            if not isinstance(output, Op):
                 namespace[f"r{position}"] = output
                 results.append(f"r{position}")
+                continue
+            result = names.get(output, f"k{id(output)}")
+            cast = builder.class_dtype is not None and output.dtype == torch.int64
+            results.append(f"{result}.to(classes)" if cast else result)
         lines.append(f"    return [{', '.join(results)}]")
         exec("\n".join(lines), namespace)
         self.run = namespace["program"]

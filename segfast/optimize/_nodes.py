@@ -104,8 +104,7 @@ class Builder:
 
     def build(self, step: Step) -> tuple[str, Run, list[Op]]:
         """(how it runs, the function, its arguments)."""
-        how, run, inputs = getattr(self, type(step).__name__.lower())(step)
-        return how, run, inputs
+        return getattr(self, type(step).__name__.lower())(step)
 
     def overwritable(self, x: Op, step: Step) -> bool:
         return x in self.owned and len(x.users) == 1 and step.inputs.count(x) == 1
@@ -236,8 +235,9 @@ class Builder:
 
     def head(self, step: Head) -> tuple[str, Run, list[Op]]:
         size, align_corners = step.size, step.align_corners
-        dtype = self.class_dtype or torch.int64
+        dtype = self.classes(step)
         if not has("upsample_argmax"):
+
             def run(x):
                 y = aten.upsample_bilinear2d.vec(x.float(), size, align_corners, None)
                 return y.argmax(1).to(dtype)
@@ -246,8 +246,13 @@ class Builder:
         kernel, bytes = torch.ops.segfast.upsample_argmax.default, dtype.itemsize
         return "segfast::upsample_argmax", lambda x: kernel(x, size, align_corners, bytes, False)[0], step.inputs
 
+    def classes(self, step: Head | Argmax) -> torch.dtype:
+        """int64 where the network itself goes on to use the classes."""
+        result = step.output.users == [None] and self.class_dtype is not None
+        return self.class_dtype if result else torch.int64
+
     def argmax(self, step: Argmax) -> tuple[str, Run, list[Op]]:
-        dtype = self.class_dtype or torch.int64
+        dtype = self.classes(step)
         return "ATen", lambda x: x.argmax(1).to(dtype), step.inputs
 
     def shuffle(self, step: Shuffle) -> tuple[str, Run, list[Op]]:
@@ -298,15 +303,15 @@ class Builder:
 
         parts = [written(a) for a in args] + [f"{k}={written(v)}" for k, v in step.output.kwargs.items()]
         signature = ", ".join(f"x{i}" for i in range(len(inputs)))
-        return how, eval(f"lambda {signature}: target({', '.join(parts)})", names), inputs  # noqa: S307
+        return how, eval(f"lambda {signature}: target({', '.join(parts)})", names), inputs
 
 
 FRESH = {
-    "add", "sub", "mul", "div", "relu", "relu6", "hardtanh", "hardswish", "silu", "sigmoid", "hardsigmoid", "leaky_relu", "gelu",
-    "cat", "max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "mean", "prelu", "pixel_shuffle", "upsample_nearest2d", "batch_norm",
-    "_adaptive_avg_pool2d", "upsample_bicubic2d", "elu", "tanh", "exp", "softmax", "group_norm", "layer_norm", "conv2d", "convolution",
+    "_adaptive_avg_pool2d", "adaptive_avg_pool2d", "add", "avg_pool2d", "cat", "conv2d", "convolution", "div", "elu", "exp", "gelu",
+    "group_norm", "hardsigmoid", "hardswish", "hardtanh", "leaky_relu", "max_pool2d", "mean", "mul", "pixel_shuffle", "prelu",
+    "relu", "relu6", "sigmoid", "silu", "softmax", "sub", "tanh", "upsample_bicubic2d", "upsample_nearest2d",
 }  # fmt: skip
-IN_PLACE = {"add", "sub", "mul", "div", "relu", "hardtanh", "hardswish", "silu", "sigmoid", "hardsigmoid", "leaky_relu", "tanh"}
+IN_PLACE = {"add", "div", "hardsigmoid", "hardswish", "hardtanh", "leaky_relu", "mul", "relu", "sigmoid", "silu", "sub", "tanh"}
 
 
 def last(tensors: tuple) -> list[Tensor]:

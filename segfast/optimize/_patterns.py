@@ -58,7 +58,12 @@ class Convolution(Step):
     @property
     def kind(self) -> str:
         name = "conv_transpose" if self.transposed else "depthwise" if self.depthwise else "conv"
-        parts = [name, *(["bn"] if self.norms else []), *(["add"] if self.added else []), *([self.act.name] if self.act.name else [])]
+        parts = [
+            name,
+            *(["bn"] if self.norms else []),
+            *(["add"] if self.added else []),
+            *([self.act.name] if self.act.name else []),
+        ]
         return "+".join(parts)
 
     @property
@@ -145,7 +150,7 @@ class Aten(Step):
     reason: str = ""
 
 
-def match(graph: Graph, blocks: bool = True) -> list[Step]:
+def match(graph: Graph) -> list[Step]:
     """The steps of a graph in the order in which they can run."""
     taken: dict[Op, Step] = {}
     reasons: dict[Op, str] = {}
@@ -173,15 +178,27 @@ def match(graph: Graph, blocks: bool = True) -> list[Step]:
             take(shuffle(op, free))
         elif op.kind == "upsample_bilinear2d":
             take(resize(op))
-    if blocks:
+    # Depthwise and pointwise first: in a row of such pairs the pointwise before a depthwise belongs to the pair before.
+    for grown in (separable, inverted):
         for step in dict.fromkeys(taken.values()):
-            if isinstance(step, Convolution) and step.depthwise and not step.added:
-                take(block(step, taken))
+            take(grown(step, taken))
     for op in graph.ops:
         if op not in taken:
-            take(Aten([op], operands(op), reasons.get(op, "")))
+            take(Aten([op], operands(op), reasons.get(op) or why(op)))
     place = {op: i for i, op in enumerate(graph.ops)}
     return sorted(dict.fromkeys(taken.values()), key=lambda step: place[step.output])
+
+
+def why(op: Op) -> str:
+    if op.kind in NORMS:
+        return "its statistics are the batch's, or it normalises no maps"
+    if activation(op) is not None:
+        return "what it applies to is no convolution's result, or is read elsewhere too"
+    if op.kind == "argmax":
+        return "not over the classes of a batch of maps"
+    if op.kind.startswith("upsample_bilinear2d"):
+        return "its scale factors are not the ratio of the sizes"
+    return "no kernel of its own"
 
 
 class Free:
@@ -260,9 +277,7 @@ def convolution(op: Op, free: Free, graph: Graph) -> Convolution | str:
         padding = [r // 2 if padding == "same" else 0 for r in reach]
     if op.kind == "conv_transpose2d" or args.get("transposed"):
         output_padding = two(args.get("output_padding"), 0)
-    step = Convolution(
-        [op], [x], weight, bias, [], stride, two(padding, 0), dilation, args.get("groups", 1), output_padding
-    )
+    step = Convolution([op], [x], weight, bias, [], stride, two(padding, 0), dilation, args.get("groups", 1), output_padding)
     following = norm(free.next(op), graph)
     if following is not None and free.next(op).args[0] is op:
         step.covers.append(free.next(op))
@@ -286,7 +301,12 @@ def extend(step: Convolution, free: Free) -> None:
     if following is not None and following.kind == "add" and not step.transposed:
         others = [a for a in following.args[:2] if a is not step.output]
         scale = following.kwargs.get("alpha", 1)
-        if len(others) == 1 and isinstance(others[0], Op) and others[0].value == step.output.value == following.value and scale == 1:
+        if (
+            len(others) == 1
+            and isinstance(others[0], Op)
+            and others[0].value == step.output.value == following.value
+            and scale == 1
+        ):
             step.covers.append(following)
             step.inputs.append(others[0])
             step.added = True
@@ -297,25 +317,28 @@ def extend(step: Convolution, free: Free) -> None:
         step.act = act
 
 
-def block(depthwise: Convolution, taken: dict[Op, Step]) -> Block | None:
-    """The block around a depthwise convolution: its pointwise convolution after, and the one before."""
-    after = sole_reader(depthwise, taken)
-    if not (isinstance(after, Convolution) and after.pointwise and after.inputs[0] is depthwise.output):
+def separable(step: Step, taken: dict[Op, Step]) -> Block | None:
+    """A depthwise convolution and the pointwise one that alone reads it."""
+    if not isinstance(step, Convolution) or not step.depthwise or step.added or step.act.code is None:
         return None
-    if any(part.act.code is None for part in (depthwise, after)) or after.inputs[1:] == [depthwise.output]:
+    after = sole_reader(step, taken)
+    if not isinstance(after, Convolution) or not after.pointwise or after.inputs[0] is not step.output or after.act.code is None:
         return None
-    parts = [depthwise, after]
-    before = taken.get(depthwise.inputs[0])
-    if (
-        isinstance(before, Convolution)
-        and before.pointwise
-        and not before.added
-        and before.act.code is not None
-        and before.output is depthwise.inputs[0]
-        and sole_reader(before, taken) is depthwise
-    ):
-        parts.insert(0, before)
-    return Block([op for part in parts for op in part.covers], [parts[0].inputs[0], *after.inputs[1:]], parts)
+    if step.output in after.inputs[1:]:
+        return None
+    return Block([*step.covers, *after.covers], [*step.inputs, *after.inputs[1:]], [step, after])
+
+
+def inverted(step: Step, taken: dict[Op, Step]) -> Block | None:
+    """Such a pair and the pointwise convolution that it alone reads."""
+    if not isinstance(step, Block) or len(step.parts) != 2:
+        return None
+    before = taken.get(step.inputs[0])
+    if not isinstance(before, Convolution) or not before.pointwise or before.added or before.act.code is None:
+        return None
+    if sole_reader(before, taken) is not step or step.inputs[0] in step.inputs[1:]:
+        return None
+    return Block([*before.covers, *step.covers], [*before.inputs, *step.inputs[1:]], [before, *step.parts])
 
 
 def sole_reader(step: Step, taken: dict[Op, Step]) -> Step | None:
