@@ -183,6 +183,9 @@ class OptimizedModel(nn.Module):
             raise RuntimeError("optimize: want evaluation mode, got train(): train `model`, then optimize it again")
         return super().train(False)
 
+    # While one thread exports, PyTorch puts a recorder in the place of nn.Module.__call__, which no other thread may meet.
+    __call__ = nn.Module._wrapped_call_impl
+
     def forward(self, *args, **kwargs):
         if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._functorch.peek_interpreter_stack() is not None:
             return self.model(*args, **kwargs)
@@ -262,7 +265,7 @@ class OptimizedModel(nn.Module):
             if symbols is not None:
                 return captured.at(symbols)
         # The first size is captured as it is, which is quick; a second one of its kind pays for a graph of all sizes.
-        model, kinds = self._twin or self.model, key(flat, sizes=False)
+        model, kinds = shared(self._twin or self.model), key(flat, sizes=False)
         for dynamic in (True, False) if any(c.kinds == kinds for c in self._captures) else (False,):
             try:
                 with _exporting:
@@ -278,6 +281,12 @@ class OptimizedModel(nn.Module):
             self._captures = [*self._captures, captured][-MAX_CAPTURES:]
             return graph
         raise AssertionError
+
+
+def shared(model: nn.Module) -> nn.Module:
+    """Other modules with the same tensors: export puts fakes in their place for a while, which no other thread may see."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return copy.deepcopy(model, {id(t): t for t in tensors})
 
 
 def optimize(

@@ -248,8 +248,12 @@ class Builder:
 
     def classes(self, step: Head | Argmax) -> torch.dtype:
         """int64 where the network itself goes on to use the classes."""
-        result = step.output.users == [None] and self.class_dtype is not None
-        return self.class_dtype if result else torch.int64
+        if self.class_dtype is None or step.output.users != [None]:
+            return torch.int64
+        classes = step.covers[0].args[0].shape[1] if isinstance(step, Argmax) else step.inputs[0].shape[1]
+        if classes > torch.iinfo(self.class_dtype).max + 1:
+            raise ValueError(f"optimize: want a class_dtype that numbers {classes} classes, got {self.class_dtype}")
+        return self.class_dtype
 
     def argmax(self, step: Argmax) -> tuple[str, Run, list[Op]]:
         dtype = self.classes(step)
@@ -307,9 +311,9 @@ class Builder:
 
 
 FRESH = {
-    "_adaptive_avg_pool2d", "adaptive_avg_pool2d", "add", "avg_pool2d", "cat", "conv2d", "convolution", "div", "elu", "exp", "gelu",
-    "group_norm", "hardsigmoid", "hardswish", "hardtanh", "leaky_relu", "max_pool2d", "mean", "mul", "pixel_shuffle", "prelu",
-    "relu", "relu6", "sigmoid", "silu", "softmax", "sub", "tanh", "upsample_bicubic2d", "upsample_nearest2d",
+    "_adaptive_avg_pool2d", "adaptive_avg_pool2d", "add", "avg_pool2d", "cat", "conv2d", "convolution", "div", "elu", "exp",
+    "gelu", "group_norm", "hardsigmoid", "hardswish", "hardtanh", "leaky_relu", "max_pool2d", "mean", "mul", "pixel_shuffle",
+    "prelu", "relu", "relu6", "sigmoid", "silu", "softmax", "sub", "tanh", "upsample_bicubic2d", "upsample_nearest2d",
 }  # fmt: skip
 IN_PLACE = {"add", "div", "hardsigmoid", "hardswish", "hardtanh", "leaky_relu", "mul", "relu", "sigmoid", "silu", "sub", "tanh"}
 
