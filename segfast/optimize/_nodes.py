@@ -148,18 +148,23 @@ class Builder:
                 return kernel(x.contiguous(memory_format=CHANNELS_LAST), *tail)
 
             return "oneDNN", run, step.inputs
-        tail = (*tail, "add", 1.0, None if name == "none" else name, numbers, algorithm)
+        act = function(step.act)
+        if name == "relu":
+            act = function(IDENTITY)
+        else:  # after a sum oneDNN's operator in PyTorch knows no other
+            name, numbers, algorithm = None, [], ""
+        tail = (*tail, "add", 1.0, name, numbers, algorithm)
         if self.overwritable(step.inputs[1], step):
             kernel = torch.ops.mkldnn._convolution_pointwise_.binary
 
             def run(x, add):
-                return kernel(add.contiguous(memory_format=CHANNELS_LAST), x.contiguous(memory_format=CHANNELS_LAST), *tail)
+                return act(kernel(add.contiguous(memory_format=CHANNELS_LAST), x.contiguous(memory_format=CHANNELS_LAST), *tail))
 
             return "oneDNN, into the map that is added", run, step.inputs
         kernel = torch.ops.mkldnn._convolution_pointwise.binary
 
         def run(x, add):
-            return kernel(x.contiguous(memory_format=CHANNELS_LAST), add.contiguous(memory_format=CHANNELS_LAST), *tail)
+            return act(kernel(x.contiguous(memory_format=CHANNELS_LAST), add.contiguous(memory_format=CHANNELS_LAST), *tail))
 
         return "oneDNN", run, step.inputs
 
