@@ -76,6 +76,28 @@ def check(model: nn.Module, images: torch.Tensor, optimized=None, dtype=torch.fl
     return optimized
 
 
+class Small(nn.Module):
+    """A block of every kind."""
+
+    def __init__(self, width: int = 16, classes: int = 5):
+        super().__init__()
+        self.stem = ConvBNAct(3, width, 3, 2)
+        self.separable = DSConv(width, width)
+        self.inverted = InvertedResidual(width, width)
+        self.units = nn.Sequential(ShuffleV1Unit(width, width, 2), ShuffleV2Unit(width, width))
+        self.head = nn.Conv2d(width, classes, 1)
+
+    def forward(self, x):
+        y = self.head(self.units(self.inverted(self.separable(self.stem(x)))))
+        return F.interpolate(y, x.shape[2:], mode="bilinear")
+
+
+@pytest.fixture(scope="module")
+def small():
+    torch.manual_seed(0)
+    return randomised(Small())
+
+
 def zoo(name: str) -> nn.Module:
     torch.manual_seed(0)
     return randomised(segfast.create_model(name, 5))
@@ -131,8 +153,12 @@ def test_networks_of_others(name):
 @pytest.mark.parametrize(
     "name", random.Random(seed_of_commit()).sample(segfast.list_models(), count(3, len(segfast.list_models())))
 )
-def test_bfloat16(name):
+def test_zoo_in_bfloat16(name):
     check(zoo(name), torch.randn(1, 3, 64, 96), dtype=torch.bfloat16)
+
+
+def test_bfloat16(small):
+    check(small, torch.randn(2, 3, 33, 50), dtype=torch.bfloat16)
 
 
 class Classes(nn.Module):
@@ -142,28 +168,6 @@ class Classes(nn.Module):
 
     def forward(self, x):
         return self.network(x).argmax(1)
-
-
-class Small(nn.Module):
-    """A block of every kind."""
-
-    def __init__(self, width: int = 16, classes: int = 5):
-        super().__init__()
-        self.stem = ConvBNAct(3, width, 3, 2)
-        self.separable = DSConv(width, width)
-        self.inverted = InvertedResidual(width, width)
-        self.units = nn.Sequential(ShuffleV1Unit(width, width, 2), ShuffleV2Unit(width, width))
-        self.head = nn.Conv2d(width, classes, 1)
-
-    def forward(self, x):
-        y = self.head(self.units(self.inverted(self.separable(self.stem(x)))))
-        return F.interpolate(y, x.shape[2:], mode="bilinear")
-
-
-@pytest.fixture(scope="module")
-def small():
-    torch.manual_seed(0)
-    return randomised(Small())
 
 
 def test_explanation(small):
@@ -595,9 +599,10 @@ KINDS = [
     channels=st.sampled_from([2, 6, 16]),
     size=st.tuples(st.integers(1, 3), st.integers(4, 12), st.integers(4, 12)),
     seed=st.integers(0, 1000),
+    dtype=st.sampled_from([torch.float32, torch.float32, torch.bfloat16]),
 )
-def test_random_networks(kinds, channels, size, seed):
+def test_random_networks(kinds, channels, size, seed, dtype):
     torch.manual_seed(seed)
     model = randomised(Drawn(kinds, channels))
-    optimized = check(model, torch.randn(size[0], channels, *size[1:]))
+    optimized = check(model, torch.randn(size[0], channels, *size[1:]), dtype=dtype)
     assert optimized.explain().reason == ""

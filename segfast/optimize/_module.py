@@ -294,7 +294,8 @@ class OptimizedModel(nn.Module):
     def _program(self, args: tuple, kwargs: dict) -> Program:
         if self._weights is None:
             tensors = [*self.model.named_parameters(remove_duplicate=False), *self.model.named_buffers(remove_duplicate=False)]
-            if any(t.is_floating_point() and t.dtype != self.dtype for _, t in tensors):
+            kinds = {t.dtype for _, t in tensors if t.is_floating_point()} or {torch.float32}
+            if kinds != {self.dtype}:
                 self._twin = copy.deepcopy(self.model).to(self.dtype)
             self._weights = Weights(dict(tensors), self.dtype)
         keep_pages()

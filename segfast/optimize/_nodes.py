@@ -34,6 +34,19 @@ ONEDNN = {
 }  # fmt: skip
 
 
+# Who runs what, where several can, the first of them that is there; by what was measured faster (docs/optimize.md).
+PREFER = {
+    "conv": ("onednn", "aten"),
+    "pointwise": ("onednn", "aten"),
+    "depthwise": ("onednn", "aten"),
+    "ds_conv": ("packed_ds_conv", "ds_conv", "parts"),
+    "inverted_residual": ("packed_inverted_residual", "ds_conv", "parts"),
+}
+# Multiply-adds of the pointwise half above which ds_conv, which packs its weights at every call, is faster than two oneDNN
+# convolutions. In bfloat16 it computes in float32 and is not.
+DS_CONV_FROM = {torch.float32: 1.5e8, torch.bfloat16: float("inf")}
+
+
 class Weights:
     """Folded and packed weights by what they were made of, shared by all sizes that a network is called with."""
 
@@ -113,9 +126,38 @@ class Builder:
 
     def convolution(self, step: Convolution) -> tuple[str, Run, list[Op]]:
         self.owned.add(step.output)
-        if self.onednn and step.act.name in ONEDNN and step.output.dtype == self.weights.dtype and 0 not in step.output.shape:
-            return self.onednn_convolution(step)
+        kind = "depthwise" if step.depthwise else "pointwise" if step.pointwise else "conv"
+        native = step.output.dtype == self.weights.dtype and 0 not in step.output.shape
+        dense = not step.transposed and (step.groups == 1 or step.depthwise)
+        for who in PREFER[kind]:
+            if who == "packed_conv" and native and dense and step.act.code is not None and has(who):
+                return self.packed(step, [step], torch.ops.segfast.pack_conv.default, torch.ops.segfast.packed_conv.default)
+            if who == "onednn" and native and self.onednn and step.act.name in ONEDNN:
+                return self.onednn_convolution(step)
         return self.aten_convolution(step)
+
+    def packed(self, step: Step, parts: list[Convolution], pack, kernel) -> tuple[str, Run, list[Op]]:
+        """One kernel over weights packed for it; the geometry is that of the convolution that has one."""
+        spatial = max(parts, key=lambda part: part.depthwise) if len(parts) > 1 else parts[0]
+
+        def make():
+            tensors = [t.to(self.weights.dtype).contiguous() for part in parts for t in self.weights.folded(part, self.graph)]
+            return pack(*tensors, parts[0].groups, self.weights.dtype) if len(parts) == 1 else pack(*tensors)
+
+        names = [named(self.graph, part) for part in parts]
+        name = None if None in names else (*(n for part in names for n in part), pack.name())
+        packed = self.weights.get(name, make)
+        geometry = (list(spatial.stride), list(spatial.padding), list(spatial.dilation))
+        acts = [part.act.code for part in parts]
+        how = kernel.name().partition(".")[0]
+        if len(step.inputs) == 1:
+            return how, lambda x: kernel(x.contiguous(memory_format=CHANNELS_LAST), packed, *geometry, *acts, None), step.inputs
+
+        def run(x, add):
+            add = add.contiguous(memory_format=CHANNELS_LAST)
+            return kernel(x.contiguous(memory_format=CHANNELS_LAST), packed, *geometry, *acts, add)
+
+        return how, run, step.inputs
 
     def onednn_convolution(self, step: Convolution) -> tuple[str, Run, list[Op]]:
         shape = step.inputs[0].shape
@@ -149,9 +191,9 @@ class Builder:
 
             return "oneDNN", run, step.inputs
         act = function(step.act)
-        if name == "relu":
+        if name == "relu" and step.groups == 1:
             act = function(IDENTITY)
-        else:  # after a sum oneDNN's operator in PyTorch knows no other
+        else:  # after a sum PyTorch's operator knows no other; with groups it adds by itself, which in bfloat16 fails with ReLU
             name, numbers, algorithm = None, [], ""
         tail = (*tail, "add", 1.0, name, numbers, algorithm)
         if self.overwritable(step.inputs[1], step):
@@ -189,14 +231,32 @@ class Builder:
 
     def block(self, step: Block) -> tuple[str, Run, list[Op]]:
         self.owned.add(step.output)
-        last = step.parts[-1]
-        depthwise = step.parts[-2]
+        native = step.output.dtype == self.weights.dtype and 0 not in step.output.shape
+        for who in PREFER[step.kind]:
+            if who.startswith("packed_") and native and has(who):
+                pack = getattr(torch.ops.segfast, who.replace("packed_", "pack_")).default
+                return self.packed(step, step.parts, pack, getattr(torch.ops.segfast, who).default)
+            if who == "ds_conv" and has(who) and self.large(step):
+                made = [self.separable(step, step.parts[-2:])]
+                made[:0] = [self.convolution(part) for part in step.parts[:-2]]
+                return chain(made, step)
+        return chain([self.convolution(part) for part in step.parts], step)
+
+    def large(self, step: Block) -> bool:
+        if not self.onednn:
+            return True
+        n, channels, height, width = step.parts[-1].inputs[0].shape
+        return n * channels * height * width * step.output.shape[1] >= DS_CONV_FROM[self.weights.dtype]
+
+    def separable(self, step: Block, parts: list[Convolution]) -> tuple[str, Run, list[Op]]:
+        """Depthwise and pointwise by the differentiable kernel's forward, which packs its weights at every call."""
+        depthwise, last = parts
 
         def pack():
-            weights = [self.weights.folded(part, self.graph) for part in (depthwise, last)]
+            weights = [self.weights.folded(part, self.graph) for part in parts]
             return [t.to(self.weights.dtype).contiguous() for pair in weights for t in pair]
 
-        names = [named(self.graph, part) for part in (depthwise, last)]
+        names = [named(self.graph, part) for part in parts]
         packed = self.weights.get(None if None in names else (*names[0], *names[1], "ds_conv"), pack)
         none = (None, None, None, None, 0.0)
         act = IDENTITY if last.added else last.act
@@ -204,14 +264,12 @@ class Builder:
         kernel = torch.ops.segfast.ds_conv.default
         tail = (packed[0], packed[1], *none, packed[2], packed[3], *none, *options)
         after = function(last.act)
-        how, expand, _ = self.convolution(step.parts[0]) if len(step.parts) == 3 else ("", None, [])
 
         def run(x, add=None):
-            y = x if expand is None else expand(x)
-            y = kernel(y.contiguous(memory_format=CHANNELS_LAST), *tail)
+            y = kernel(x.contiguous(memory_format=CHANNELS_LAST), *tail)
             return y if add is None else after(y.add_(add))
 
-        return f"{how}, segfast::ds_conv".removeprefix(", "), run, step.inputs
+        return "segfast::ds_conv", run, step.inputs
 
     # -- the rest
 
@@ -262,6 +320,10 @@ class Builder:
 
     def argmax(self, step: Argmax) -> tuple[str, Run, list[Op]]:
         dtype = self.classes(step)
+        if has("upsample_argmax"):  # an interpolation to the same size: ATen's search over channels takes six times as long
+            kernel, size, bytes = torch.ops.segfast.upsample_argmax.default, step.inputs[0].shape[2:], dtype.itemsize
+            if 0 not in step.inputs[0].shape:
+                return "segfast::upsample_argmax", lambda x: kernel(x, size, False, bytes, False)[0], step.inputs
         return "ATen", lambda x: x.argmax(1).to(dtype), step.inputs
 
     def shuffle(self, step: Shuffle) -> tuple[str, Run, list[Op]]:
@@ -321,6 +383,18 @@ FRESH = {
     "prelu", "relu", "relu6", "sigmoid", "silu", "softmax", "sub", "tanh", "upsample_bicubic2d", "upsample_nearest2d",
 }  # fmt: skip
 IN_PLACE = {"add", "div", "hardsigmoid", "hardswish", "hardtanh", "leaky_relu", "mul", "relu", "sigmoid", "silu", "sub", "tanh"}
+
+
+def chain(made: list[tuple[str, Run, list[Op]]], step: Step) -> tuple[str, Run, list[Op]]:
+    """One after the other; what is added goes to the last."""
+    *before, final = [run for _, run, _ in made]
+
+    def run(x, *add):
+        for part in before:
+            x = part(x)
+        return final(x, *add)
+
+    return ", ".join(how for how, _, _ in made), final if not before else run, step.inputs
 
 
 def last(tensors: tuple) -> list[Tensor]:
