@@ -244,7 +244,7 @@ def test_one_graph_and_its_weights_serve_further_sizes():
     for height in (32, 40, 48, 56):
         optimized(torch.randn(1, 3, height, 64))
     assert len(optimized._captures) == 2
-    assert len(optimized._weights.packed) == 1
+    assert len(optimized._weights.packed) == 2  # depthwise and pointwise
 
 
 def test_branches_on_sizes_are_guarded():

@@ -170,7 +170,8 @@ class Builder:
                 return torch.ops.mkldnn._reorder_convolution_transpose_weight(weight, *options), bias
             return torch.ops.mkldnn._reorder_convolution_weight(weight, *options), bias
 
-        weight, bias = self.weights.get(named(self.graph, step, "onednn", shape), pack)
+        # Packed for the first size that comes: at another one oneDNN would hardly choose another layout, and could reorder.
+        weight, bias = self.weights.get(named(self.graph, step, "onednn"), pack)
         padding, stride, dilation = list(step.padding), list(step.stride), list(step.dilation)
         name, numbers, algorithm = onednn_activation(step.act)
         if step.transposed:
