@@ -593,7 +593,7 @@ KINDS = [
 ]  # fmt: skip
 
 
-@settings(max_examples=count(60, 1000), deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), database=None)
+@settings(max_examples=count(30, 500), deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), database=None)
 @given(
     kinds=st.lists(st.tuples(st.sampled_from(KINDS), st.sampled_from([1, 3]), st.sampled_from([1, 2])), min_size=1, max_size=14),
     channels=st.sampled_from([2, 6, 16]),
