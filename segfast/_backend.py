@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -72,6 +75,23 @@ def has_kernel(op: str, *tensors: Tensor) -> bool:
     if torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0:
         return False
     return all(type(t) in (Tensor, torch.nn.Parameter) or isinstance(t, torch._subclasses.FakeTensor) for t in tensors)
+
+
+_local = threading.local()
+
+
+@contextlib.contextmanager
+def capturing() -> Iterator[None]:
+    """Within, this thread exports for `segfast.optimize`: what other exports spell out (adaptive pooling) stays whole."""
+    _local.capturing = True
+    try:
+        yield
+    finally:
+        _local.capturing = False
+
+
+def is_capturing() -> bool:
+    return getattr(_local, "capturing", False)
 
 
 def layout(x: Tensor) -> torch.memory_format:

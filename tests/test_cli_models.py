@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from typer.testing import CliRunner
 import segfast
 from segfast import _backend
 from segfast.cli import app
-from segfast.engine import bench, catalogue
+from segfast.engine import bench, catalogue, race
 from segfast.nn import DSConv
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -110,6 +111,50 @@ def test_bench_bad_arguments(arguments, message):
     result = call("bench", "--model", "fast_scnn", *arguments)
     assert result.exit_code == 2
     assert message in result.output
+
+
+def test_bench_with_peers(tmp_path):
+    """Two peers that every installation has; small, so that nothing but the plumbing is tested."""
+    arguments = ("--size", "64x96", "--peers", "--peer", "eager", "--peer", "channels_last", "--seconds", "0", "--out", tmp_path)
+    result = call("bench", "--model", "fast_scnn", *arguments)
+    assert result.exit_code == 0, result.output
+    (row,) = json.loads((tmp_path / "bench.json").read_text())["races"]
+    assert set(row["milliseconds"]) == {"segfast", "eager", "channels_last"}
+    assert row["ratio"] == pytest.approx(row["milliseconds"][row["best"]]["median"] / row["milliseconds"]["segfast"]["median"])
+    assert {step["kind"] for step in row["steps"]} >= {"inverted_residual", "upsample_argmax"}
+    page = (tmp_path / "bench.html").read_text()
+    assert "inverted_residual" in page
+    assert "<svg" in page
+    assert "src=" not in page  # self-contained
+    wrong = call("bench", "--model", "fast_scnn", "--peer", "abacus", "--size", "64x96")
+    assert wrong.exit_code == 2
+    assert "want peers of eager" in wrong.output
+
+
+def test_a_peer_that_computes_something_else_is_not_measured():
+    class Wrong(nn.Module):
+        calls = 0
+
+        def forward(self, x):
+            Wrong.calls += 1
+            return x * (-1) ** Wrong.calls
+
+    with pytest.raises(AssertionError, match="not measured"):
+        race.race("wrong", Wrong().eval(), (8, 8), peers=("channels_last",), seconds=0)
+
+
+def optimize_page():
+    spec = importlib.util.spec_from_file_location("benchmarks_optimize", ROOT / "benchmarks" / "optimize.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_page_of_whole_networks_is_current():
+    page = optimize_page()
+    assert page.PAGE.read_text(encoding="utf-8") == page.text(page.stored()), "run: python benchmarks/optimize.py --docs"
+    assert "not run" in page.text({})
 
 
 def test_references_are_used_within_and_kernels_again_after(monkeypatch):

@@ -197,6 +197,12 @@ def test_predict(tmp_path, run, frames):
     labels = np.array(Image.open(tmp_path / "out" / "f0.png"))
     model, network = load_network(run)
     assert (labels == model.predict(Image.open(frames / "f0.jpg"))).all()
+    assert "images a second" in result.output
+    plain = call("predict", run, frames, "--out", tmp_path / "plain", "--no-optimize")
+    assert plain.exit_code == 0, plain.output
+    assert (np.array(Image.open(tmp_path / "plain" / "f0.png")) == labels).mean() > 0.99
+    mirrored = call("predict", run, frames, "--out", tmp_path / "mirrored", "--flip")
+    assert mirrored.exit_code == 0, mirrored.output
     coloured = np.array(Image.open(tmp_path / "out" / "f0_colour.png"))
     assert tuple(coloured[3, 4]) == tuple(network.palette[labels[3, 4]])
     one = call("predict", run, frames / "f1.jpg", "--out", tmp_path / "one", "--opacity", "0")

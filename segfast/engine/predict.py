@@ -31,7 +31,7 @@ def predict(
     """Predict one image, every image of a folder, or a video.
 
     Args:
-        model: images in [0, 1] (N, 3, H, W) to logits or probabilities of their size, or to classes (N, H, W).
+        model: images in [0, 1] (N, 3, H, W) to logits or probabilities of their size, or to the classes (N, H, W) themselves.
         source: an image, a folder, or a video.
         folder: gets, for an image, <stem>.png (the class a byte), <stem>_colour.png and <stem>_overlay.png; for a video
             <stem>_overlay.mp4; and legend.png.
@@ -73,8 +73,8 @@ def predict(
 
 @torch.no_grad()
 def classify(model: Callable[[Tensor], Tensor], image: Tensor) -> Tensor:
-    scores = model(image[None])[0]
-    return (scores if scores.dim() == 2 else scores.argmax(0)).cpu()  # an exported head gives the classes themselves
+    result = model(image[None])[0]
+    return (result.argmax(0) if result.dim() == 3 else result).cpu().long()  # uint8 would index a palette as a mask
 
 
 def video(model, source: Path, target: Path, palette, opacity: float, progress) -> Path:

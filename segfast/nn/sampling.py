@@ -42,7 +42,8 @@ def adaptive_avg_pool2d(x: Tensor, grid: int | tuple[int, int]) -> Tensor:
         grid: (g, g') or one number for both; may be larger than the map.
     """
     rows, columns = pair(grid)
-    if not (torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export()):
+    exporting = torch.compiler.is_exporting() and not _backend.is_capturing()
+    if not (exporting or torch.onnx.is_in_onnx_export()):
         return F.adaptive_avg_pool2d(x, (rows, columns))
     if rows == columns == 1:
         return x.mean((2, 3), keepdim=True)

@@ -1,0 +1,174 @@
+"""The figures of docs/optimize.md: whole networks by segfast.optimize against their peers, a row a call.
+
+python benchmarks/optimize.py --list
+python benchmarks/optimize.py --row fast_scnn-1024x2048
+python benchmarks/optimize.py --docs
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import segfast
+from segfast.engine.catalogue import table
+from segfast.engine.race import INCLUDED, NOTE, PEERS, race
+from segfast.engine.report import replace
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "docs" / "results" / "optimize.json"
+PAGE = ROOT / "docs" / "optimize.md"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One figure: what is raced, and how many times faster than whom it is to be."""
+
+    title: str
+    build: Callable[[], nn.Module]
+    size: tuple[int, int]
+    least: float
+    aim: float
+    dtype: torch.dtype = torch.float32
+    target: str = "classes"
+    batch: int = 1
+    against: tuple[str, ...] = PEERS
+
+
+def zoo(name: str, **options) -> Callable[[], nn.Module]:
+    return lambda: segfast.create_model(name, 19, **options)
+
+
+def smp(name: str) -> Callable[[], nn.Module]:
+    def build() -> nn.Module:
+        import segmentation_models_pytorch
+
+        return getattr(segmentation_models_pytorch, name)("mobilenet_v2", encoder_weights=None, classes=19)
+
+    return build
+
+
+def shuffle_fpn(backbone: str) -> Callable[[], nn.Module]:
+    return lambda: segfast.create_model("semantic_fpn", 19, backbone=backbone)
+
+
+ROWS = {
+    "fast_scnn-1024x2048": Row("Fast-SCNN", zoo("fast_scnn"), (1024, 2048), 1.5, 2.2),
+    "fast_scnn-512x1024-logits": Row("Fast-SCNN", zoo("fast_scnn"), (512, 1024), 1.25, 2.0, target="logits"),
+    "fast_scnn-1024x2048-bfloat16": Row("Fast-SCNN", zoo("fast_scnn"), (1024, 2048), 1.5, 3.0, torch.bfloat16),
+    **{
+        f"{name}-512x1024": Row(name, zoo(name), (512, 1024), 1.0, 1.3)
+        for name in ("contextnet", "espnet", "swiftnet_rn18", "fanet18", "linknet", "icnet", "fasterseg_student")
+    },
+    **{
+        f"{backbone}_fpn-512x1024": Row(
+            f"SemanticFPN on {backbone}", shuffle_fpn(backbone), (512, 1024), 1.5, 2.0, against=("channels_last",)
+        )
+        for backbone in ("shufflenetv1_g3", "shufflenetv2_x1_0")
+    },
+    "smp_unet-512x1024": Row("segmentation_models.pytorch Unet, mobilenet_v2", smp("Unet"), (512, 1024), 1.2, 2.0),
+    "smp_deeplabv3plus-512x1024": Row(
+        "segmentation_models.pytorch DeepLabV3Plus, mobilenet_v2", smp("DeepLabV3Plus"), (512, 1024), 1.2, 2.0
+    ),
+    **{
+        f"fast_scnn-{h}x{2 * h}-scaling": Row("Fast-SCNN, scaling", zoo("fast_scnn"), (h, 2 * h), 1.0, 1.0, against=())
+        for h in (256, 512, 1024, 2048)
+    },
+    "fast_scnn-512x1024-batch8": Row("Fast-SCNN, batch 8", zoo("fast_scnn"), (512, 1024), 1.0, 1.0, batch=8, against=()),
+}
+
+
+def measure(name: str, seconds: float) -> dict:
+    """Race one row."""
+    row = ROWS[name]
+    torch.manual_seed(0)
+    result = race(
+        row.title, row.build().eval(), row.size, batch=row.batch, dtype=row.dtype, target=row.target,
+        peers=PEERS if row.against else (), seconds=seconds, say=lambda text: print(f"{name}: {text}", flush=True),
+    )  # fmt: skip
+    return asdict(result)
+
+
+def stored() -> dict:
+    return json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
+
+
+def ratio(row: Row, result: dict) -> tuple[float, str] | None:
+    """(how many times as long the best of the peers that count takes, its name)."""
+    times = {way: t["median"] for way, t in result["milliseconds"].items()}
+    peers = {way: t for way, t in times.items() if way in row.against}
+    if not peers:
+        return None
+    best = min(peers, key=peers.get)
+    return peers[best] / times["segfast"], best
+
+
+def text(results: dict) -> str:
+    """docs/optimize.md."""
+    head = [
+        "# Whole networks",
+        "",
+        "Written by `python benchmarks/optimize.py --docs` from `docs/results/optimize.json`: change those, not this file.",
+        "",
+        f"Milliseconds, median; all ways of a row in one process, in turns. To the class map: {INCLUDED['classes']}. "
+        f"To logits: {INCLUDED['logits']}. {NOTE[0].upper()}{NOTE[1:]}. Ratio: the best peer's time over segfast's; "
+        "where a row names a peer, that peer's.",
+        "",
+    ]
+    cells, notes = [], []
+    for name, row in ROWS.items():
+        if not row.against:
+            continue
+        what = [row.title, f"{row.size[0]}x{row.size[1]}", str(row.dtype).removeprefix("torch."), row.target]
+        goal = f"{row.least:g} / {row.aim:g}" + ("" if row.against == PEERS else f" x {row.against[0]}")
+        result = results.get(name)
+        if result is None:
+            cells.append([*what, *["not run"] * (len(PEERS) + 1), "", goal])
+            continue
+        times = [result["milliseconds"].get(way) for way in ("segfast", *PEERS)]
+        value, best = ratio(row, result)
+        cells.append([*what, *(f"{t['median']:.1f}" if t else "–" for t in times), f"{value:.2f} ({best})", goal])
+        notes += [f"- `{name}`, {peer}: {reason}" for peer, reason in result["absent"].items()]
+    parts = [*head, table(["network", "size", "dtype", "to", "segfast", *PEERS, "ratio", "at least / aim"], cells), ""]
+    scaling = [(name, row, results.get(name)) for name, row in ROWS.items() if not row.against]
+    cells = []
+    for name, row, result in scaling:
+        pixels = row.batch * row.size[0] * row.size[1]
+        time = result["milliseconds"]["segfast"]["median"] if result else None
+        shown = ["not run", ""] if time is None else [f"{time:.1f}", f"{1e6 * time / pixels:.2f}"]
+        cells.append([name, f"{row.batch}", f"{row.size[0]}x{row.size[1]}", *shown])
+    parts += ["## Scaling", "", "Fast-SCNN, float32, to the class map.", ""]
+    parts += [table(["row", "batch", "size", "milliseconds", "nanoseconds a pixel"], cells), ""]
+    machines = sorted({", ".join(f"{k} {v}" for k, v in r["environment"].items()) for r in results.values()})
+    parts += ["## Measured on", "", *(f"- {machine}" for machine in machines), *([""] if machines else []), *notes]
+    return "\n".join(parts).rstrip() + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--row", action="append", default=[], choices=[*ROWS, "all"])
+    parser.add_argument("--seconds", type=float, default=10.0, help="of timing a row")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--list", action="store_true", help="the rows' names")
+    parser.add_argument("--docs", action="store_true", help="write docs/optimize.md from what was measured")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    if arguments.list:
+        print(*ROWS, sep="\n")
+    for name in ROWS if "all" in arguments.row else arguments.row:
+        result = measure(name, arguments.seconds)
+        RESULTS.parent.mkdir(parents=True, exist_ok=True)
+        replace(RESULTS, json.dumps(stored() | {name: result}, indent=1) + "\n")
+        print({way: t["median"] for way, t in result["milliseconds"].items()}, ratio(ROWS[name], result), flush=True)
+    if arguments.docs or arguments.row:
+        replace(PAGE, text(stored()))
+
+
+if __name__ == "__main__":
+    main()

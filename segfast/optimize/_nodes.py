@@ -1,0 +1,419 @@
+"""What each step runs: one function of tensors a step, with its weights packed, chosen by a table of what was measured faster."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from segfast import _backend
+from segfast.optimize._capture import Graph, Op
+from segfast.optimize._patterns import (
+    IDENTITY,
+    Activation,
+    Affine,
+    Argmax,
+    Aten,
+    Block,
+    Convolution,
+    Head,
+    Resize,
+    Shuffle,
+    Step,
+)
+
+aten = torch.ops.aten
+CHANNELS_LAST = torch.channels_last
+Run = Callable[..., Tensor]
+
+# oneDNN's names
+ONEDNN = {
+    "": "none", "relu": "relu", "silu": "swish", "hardswish": "hardswish", "hardtanh": "hardtanh", "leaky_relu": "leaky_relu",
+    "gelu": "gelu", "sigmoid": "sigmoid", "tanh": "tanh", "hardsigmoid": "hardsigmoid",
+}  # fmt: skip
+
+
+# Who runs what, where several can, the first of them that is there; by what was measured faster (docs/optimize.md).
+PREFER = {
+    "conv": ("onednn", "aten"),
+    "pointwise": ("onednn", "aten"),
+    "depthwise": ("onednn", "aten"),
+    "ds_conv": ("packed_ds_conv", "ds_conv", "parts"),
+    "inverted_residual": ("packed_inverted_residual", "ds_conv", "parts"),
+}
+# Multiply-adds of the pointwise half above which ds_conv, which packs its weights at every call, is faster than two oneDNN
+# convolutions. In bfloat16 it computes in float32 and is not.
+DS_CONV_FROM = {torch.float32: 1.5e8, torch.bfloat16: float("inf")}
+
+
+class Weights:
+    """Folded and packed weights by what they were made of, shared by all sizes that a network is called with."""
+
+    def __init__(self, originals: dict[str, Tensor], dtype: torch.dtype):
+        self.originals, self.dtype = originals, dtype
+        self.packed: dict[tuple, object] = {}
+
+    def get(self, name: tuple | None, make: Callable[[], object]) -> object:
+        if name is None:
+            return make()
+        if name not in self.packed:
+            self.packed[name] = make()
+        return self.packed[name]
+
+    def exact(self, op: Op, graph: Graph) -> Tensor:
+        """A constant in float64, from the network's own parameter where it is one: a bfloat16 copy has lost digits."""
+        return self.originals.get(graph.names.get(op), graph.tensors[op]).detach().double()
+
+    def folded(self, step: Convolution, graph: Graph) -> tuple[Tensor, Tensor]:
+        """Weight and bias of the convolution with its BatchNorm, float64."""
+        weight = self.exact(step.weight, graph)
+        groups, outputs = step.groups, weight.shape[0]
+        if step.transposed:
+            outputs = weight.shape[1] * groups
+        bias = weight.new_zeros(outputs) if step.bias is None else self.exact(step.bias, graph)
+        for norm in step.norms:
+            scale, shift = self.scale(norm, graph)
+            if step.transposed:  # (C, K / groups, kh, kw), the outputs second, one group after the other
+                parts = scale.view(groups, 1, -1, 1, 1)
+                weight = (weight.view(groups, -1, *weight.shape[1:]) * parts).view(weight.shape)
+            else:
+                weight = weight * scale.view(-1, 1, 1, 1)
+            bias = bias * scale + shift
+        return weight, bias
+
+    def scale(self, norm: tuple, graph: Graph) -> tuple[Tensor, Tensor]:
+        """A BatchNorm as y = scale x + shift, float64."""
+        mean, variance, weight, bias, eps = norm
+        scale = torch.rsqrt(self.exact(variance, graph) + eps)
+        if weight is not None:
+            scale = scale * self.exact(weight, graph)
+        shift = -self.exact(mean, graph) * scale
+        return scale, shift if bias is None else shift + self.exact(bias, graph)
+
+
+def named(graph: Graph, step: Convolution, *more) -> tuple | None:
+    names = [graph.names.get(t) for t in step.tensors]
+    return None if None in names else (*names, *more)
+
+
+def has(op: str) -> bool:
+    return "cpu" in _backend.table.get(op, {})
+
+
+def onednn(dtype: torch.dtype) -> bool:
+    if not torch.backends.mkldnn.is_available() or not torch.backends.mkldnn.enabled:
+        return False
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+class Builder:
+    """Makes the function of a step for the sizes of one graph."""
+
+    def __init__(self, graph: Graph, weights: Weights, class_dtype: torch.dtype | None):
+        self.graph, self.weights, self.class_dtype = graph, weights, class_dtype
+        self.onednn = onednn(weights.dtype)
+        self.owned: set[Op] = set()  # results that only their readers hold: the last one may overwrite them
+
+    def build(self, step: Step) -> tuple[str, Run, list[Op]]:
+        """(how it runs, the function, its arguments)."""
+        return getattr(self, type(step).__name__.lower())(step)
+
+    def overwritable(self, x: Op, step: Step) -> bool:
+        return x in self.owned and len(x.users) == 1 and step.inputs.count(x) == 1
+
+    # -- convolutions
+
+    def convolution(self, step: Convolution) -> tuple[str, Run, list[Op]]:
+        self.owned.add(step.output)
+        kind = "depthwise" if step.depthwise else "pointwise" if step.pointwise else "conv"
+        native = step.output.dtype == self.weights.dtype and 0 not in step.output.shape
+        dense = not step.transposed and (step.groups == 1 or step.depthwise)
+        for who in PREFER[kind]:
+            if who == "packed_conv" and native and dense and step.act.code is not None and has(who):
+                return self.packed(step, [step], torch.ops.segfast.pack_conv.default, torch.ops.segfast.packed_conv.default)
+            if who == "onednn" and native and self.onednn and step.act.name in ONEDNN:
+                return self.onednn_convolution(step)
+        return self.aten_convolution(step)
+
+    def packed(self, step: Step, parts: list[Convolution], pack, kernel) -> tuple[str, Run, list[Op]]:
+        """One kernel over weights packed for it; the geometry is that of the convolution that has one."""
+        spatial = max(parts, key=lambda part: part.depthwise) if len(parts) > 1 else parts[0]
+
+        def make():
+            tensors = [t.to(self.weights.dtype).contiguous() for part in parts for t in self.weights.folded(part, self.graph)]
+            return pack(*tensors, parts[0].groups, self.weights.dtype) if len(parts) == 1 else pack(*tensors)
+
+        names = [named(self.graph, part) for part in parts]
+        name = None if None in names else (*(n for part in names for n in part), pack.name())
+        packed = self.weights.get(name, make)
+        geometry = (list(spatial.stride), list(spatial.padding), list(spatial.dilation))
+        acts = [part.act.code for part in parts]
+        how = kernel.name().partition(".")[0]
+        if len(step.inputs) == 1:
+            return how, lambda x: kernel(x.contiguous(memory_format=CHANNELS_LAST), packed, *geometry, *acts, None), step.inputs
+
+        def run(x, add):
+            add = add.contiguous(memory_format=CHANNELS_LAST)
+            return kernel(x.contiguous(memory_format=CHANNELS_LAST), packed, *geometry, *acts, add)
+
+        return how, run, step.inputs
+
+    def onednn_convolution(self, step: Convolution) -> tuple[str, Run, list[Op]]:
+        shape = step.inputs[0].shape
+
+        def pack():
+            weight, bias = (t.to(self.weights.dtype) for t in self.weights.folded(step, self.graph))
+            options = (list(step.padding), list(step.stride), list(step.dilation), step.groups, list(shape))
+            if step.transposed:
+                options = (options[0], list(step.output_padding), *options[1:])
+                return torch.ops.mkldnn._reorder_convolution_transpose_weight(weight, *options), bias
+            return torch.ops.mkldnn._reorder_convolution_weight(weight, *options), bias
+
+        # Packed for the first size that comes: at another one oneDNN would hardly choose another layout, and could reorder.
+        weight, bias = self.weights.get(named(self.graph, step, "onednn"), pack)
+        padding, stride, dilation = list(step.padding), list(step.stride), list(step.dilation)
+        name, numbers, algorithm = onednn_activation(step.act)
+        if step.transposed:
+            kernel = torch.ops.mkldnn._convolution_transpose_pointwise.default
+            tail = (weight, bias, padding, list(step.output_padding), stride, dilation, step.groups, name, numbers, algorithm)
+
+            def run(x):
+                return kernel(x.contiguous(memory_format=CHANNELS_LAST), *tail)
+
+            return "oneDNN", run, step.inputs
+        tail = (weight, bias, padding, stride, dilation, step.groups)
+        if not step.added:
+            kernel = torch.ops.mkldnn._convolution_pointwise.default
+            tail = (*tail, name, numbers, algorithm)
+
+            def run(x):
+                return kernel(x.contiguous(memory_format=CHANNELS_LAST), *tail)
+
+            return "oneDNN", run, step.inputs
+        act = function(step.act)
+        if name == "relu" and step.groups == 1:
+            act = function(IDENTITY)
+        else:  # after a sum PyTorch's operator knows no other; with groups it adds by itself, which in bfloat16 fails with ReLU
+            name, numbers, algorithm = None, [], ""
+        tail = (*tail, "add", 1.0, name, numbers, algorithm)
+        if self.overwritable(step.inputs[1], step):
+            kernel = torch.ops.mkldnn._convolution_pointwise_.binary
+
+            def run(x, add):
+                return act(kernel(add.contiguous(memory_format=CHANNELS_LAST), x.contiguous(memory_format=CHANNELS_LAST), *tail))
+
+            return "oneDNN, into the map that is added", run, step.inputs
+        kernel = torch.ops.mkldnn._convolution_pointwise.binary
+
+        def run(x, add):
+            return act(kernel(x.contiguous(memory_format=CHANNELS_LAST), add.contiguous(memory_format=CHANNELS_LAST), *tail))
+
+        return "oneDNN", run, step.inputs
+
+    def aten_convolution(self, step: Convolution) -> tuple[str, Run, list[Op]]:
+        dtype = step.output.dtype
+
+        def pack():
+            weight, bias = self.weights.folded(step, self.graph)
+            return weight.to(dtype).contiguous(memory_format=CHANNELS_LAST), bias.to(dtype)
+
+        weight, bias = self.weights.get(named(self.graph, step, "aten"), pack)
+        options = (step.stride, step.padding, step.dilation, step.transposed, step.output_padding or (0, 0), step.groups)
+        act = function(step.act)
+
+        def run(x, add=None):
+            y = aten.convolution.default(x.contiguous(memory_format=CHANNELS_LAST), weight, bias, *options)
+            return act(y if add is None else y.add_(add))
+
+        return "ATen", run, step.inputs
+
+    # -- blocks
+
+    def block(self, step: Block) -> tuple[str, Run, list[Op]]:
+        self.owned.add(step.output)
+        native = step.output.dtype == self.weights.dtype and 0 not in step.output.shape
+        for who in PREFER[step.kind]:
+            if who.startswith("packed_") and native and has(who):
+                pack = getattr(torch.ops.segfast, who.replace("packed_", "pack_")).default
+                return self.packed(step, step.parts, pack, getattr(torch.ops.segfast, who).default)
+            if who == "ds_conv" and has(who) and self.large(step):
+                made = [self.separable(step, step.parts[-2:])]
+                made[:0] = [self.convolution(part) for part in step.parts[:-2]]
+                return chain(made, step)
+        return chain([self.convolution(part) for part in step.parts], step)
+
+    def large(self, step: Block) -> bool:
+        if not self.onednn:
+            return True
+        n, channels, height, width = step.parts[-1].inputs[0].shape
+        return n * channels * height * width * step.output.shape[1] >= DS_CONV_FROM[self.weights.dtype]
+
+    def separable(self, step: Block, parts: list[Convolution]) -> tuple[str, Run, list[Op]]:
+        """Depthwise and pointwise by the differentiable kernel's forward, which packs its weights at every call."""
+        depthwise, last = parts
+
+        def pack():
+            weights = [self.weights.folded(part, self.graph) for part in parts]
+            return [t.to(self.weights.dtype).contiguous() for pair in weights for t in pair]
+
+        names = [named(self.graph, part) for part in parts]
+        packed = self.weights.get(None if None in names else (*names[0], *names[1], "ds_conv"), pack)
+        none = (None, None, None, None, 0.0)
+        act = IDENTITY if last.added else last.act
+        options = (depthwise.stride, depthwise.padding, depthwise.dilation, depthwise.act.code, act.code)
+        kernel = torch.ops.segfast.ds_conv.default
+        tail = (packed[0], packed[1], *none, packed[2], packed[3], *none, *options)
+        after = function(last.act)
+
+        def run(x, add=None):
+            y = kernel(x.contiguous(memory_format=CHANNELS_LAST), *tail)
+            return y if add is None else after(y.add_(add))
+
+        return "segfast::ds_conv", run, step.inputs
+
+    # -- the rest
+
+    def affine(self, step: Affine) -> tuple[str, Run, list[Op]]:
+        self.owned.add(step.output)
+        dtype = step.output.dtype
+        scale, shift = (t.to(dtype).view(1, -1, 1, 1) for t in self.weights.scale(step.norm, self.graph))
+        act = function(step.act)
+        if self.overwritable(step.inputs[0], step):
+            return "ATen, in place", lambda x: act(x.mul_(scale).add_(shift)), step.inputs
+        return "ATen", lambda x: act(torch.addcmul(shift, x, scale)), step.inputs
+
+    def resize(self, step: Resize) -> tuple[str, Run, list[Op]]:
+        self.owned.add(step.output)
+        x, size, align_corners = step.inputs[0], step.size, step.align_corners
+        shape = step.output.shape
+        if x.shape == shape:
+            self.owned.discard(step.output)
+            return "nothing: the same size", lambda x: x, step.inputs
+        kernel = aten.upsample_bilinear2d.out
+
+        def run(x):
+            return kernel(x, size, align_corners, None, None, out=_backend.empty(shape, x))
+
+        return "ATen, into large pages", run, step.inputs
+
+    def head(self, step: Head) -> tuple[str, Run, list[Op]]:
+        size, align_corners = step.size, step.align_corners
+        dtype = self.classes(step)
+        if not has("upsample_argmax"):
+
+            def run(x):
+                y = aten.upsample_bilinear2d.vec(x.float(), size, align_corners, None)
+                return y.argmax(1).to(dtype)
+
+            return "ATen", run, step.inputs
+        kernel, bytes = torch.ops.segfast.upsample_argmax.default, dtype.itemsize
+        return "segfast::upsample_argmax", lambda x: kernel(x, size, align_corners, bytes, False)[0], step.inputs
+
+    def classes(self, step: Head | Argmax) -> torch.dtype:
+        """int64 where the network itself goes on to use the classes."""
+        if self.class_dtype is None or step.output.users != [None]:
+            return torch.int64
+        classes = step.covers[0].args[0].shape[1] if isinstance(step, Argmax) else step.inputs[0].shape[1]
+        if classes > torch.iinfo(self.class_dtype).max + 1:
+            raise ValueError(f"optimize: want a class_dtype that numbers {classes} classes, got {self.class_dtype}")
+        return self.class_dtype
+
+    def argmax(self, step: Argmax) -> tuple[str, Run, list[Op]]:
+        dtype = self.classes(step)
+        if has("upsample_argmax"):  # an interpolation to the same size: ATen's search over channels takes six times as long
+            kernel, size, bytes = torch.ops.segfast.upsample_argmax.default, step.inputs[0].shape[2:], dtype.itemsize
+            if 0 not in step.inputs[0].shape:
+                return "segfast::upsample_argmax", lambda x: kernel(x, size, False, bytes, False)[0], step.inputs
+        return "ATen", lambda x: x.argmax(1).to(dtype), step.inputs
+
+    def shuffle(self, step: Shuffle) -> tuple[str, Run, list[Op]]:
+        self.owned.add(step.output)
+        groups = step.groups
+        if len(step.inputs) > 1:
+            if has("concat_shuffle"):
+                kernel = torch.ops.segfast.concat_shuffle.default
+                return "segfast::concat_shuffle", lambda *x: kernel(last(x), groups), step.inputs
+            return "ATen", lambda *x: aten.channel_shuffle.default(torch.cat(x, 1), groups), step.inputs
+        if has("channel_shuffle"):
+            kernel = torch.ops.segfast.channel_shuffle.default
+            return "segfast::channel_shuffle", lambda x: kernel(x, groups), step.inputs
+        return "ATen", lambda x: aten.channel_shuffle.default(x, groups), step.inputs
+
+    def aten(self, step: Aten) -> tuple[str, Run, list[Op]]:
+        op = step.output
+        target = op.target
+        if op.kind in FRESH:
+            self.owned.add(op)
+        if op.kind in IN_PLACE and op.args and isinstance(op.args[0], Op):
+            args = list(op.args)
+            commutes = op.kind in ("add", "mul") and op.kwargs.get("alpha", 1) == 1 and len(args) == 2 and isinstance(args[1], Op)
+            if commutes and not self.overwritable(args[0], step):
+                args.reverse()
+            if self.overwritable(args[0], step) and args[0].value == op.value:
+                packet = getattr(aten, f"{op.kind}_")
+                return self.call(step, getattr(packet, target._overloadname), tuple(args), "ATen, in place")
+        if op.kind == "view" and target._overloadname == "default":
+            target = aten.reshape.default  # the map may lie in memory otherwise than in the graph
+        return self.call(step, target, op.args, "ATen")
+
+    def call(self, step: Aten, target, args: tuple, how: str) -> tuple[str, Run, list[Op]]:
+        names: dict[str, object] = {"target": target}
+        inputs: list[Op] = []
+
+        def written(value) -> str:
+            if isinstance(value, Op) and value not in self.graph.tensors:
+                if value not in inputs:
+                    inputs.append(value)
+                return f"x{inputs.index(value)}"
+            if isinstance(value, list | tuple):
+                inner = "".join(f"{written(v)}, " for v in value)
+                return f"[{inner}]" if isinstance(value, list) else f"({inner})"
+            name = f"c{len(names)}"
+            names[name] = self.graph.tensors[value] if isinstance(value, Op) else value
+            return name
+
+        parts = [written(a) for a in args] + [f"{k}={written(v)}" for k, v in step.output.kwargs.items()]
+        signature = ", ".join(f"x{i}" for i in range(len(inputs)))
+        return how, eval(f"lambda {signature}: target({', '.join(parts)})", names), inputs
+
+
+FRESH = {
+    "_adaptive_avg_pool2d", "adaptive_avg_pool2d", "add", "avg_pool2d", "cat", "conv2d", "convolution", "div", "elu", "exp",
+    "gelu", "group_norm", "hardsigmoid", "hardswish", "hardtanh", "leaky_relu", "max_pool2d", "mean", "mul", "pixel_shuffle",
+    "prelu", "relu", "relu6", "sigmoid", "silu", "softmax", "sub", "tanh", "upsample_bicubic2d", "upsample_nearest2d",
+}  # fmt: skip
+IN_PLACE = {"add", "div", "hardsigmoid", "hardswish", "hardtanh", "leaky_relu", "mul", "relu", "sigmoid", "silu", "sub", "tanh"}
+
+
+def chain(made: list[tuple[str, Run, list[Op]]], step: Step) -> tuple[str, Run, list[Op]]:
+    """One after the other; what is added goes to the last."""
+    *before, final = [run for _, run, _ in made]
+
+    def run(x, *add):
+        for part in before:
+            x = part(x)
+        return final(x, *add)
+
+    return ", ".join(how for how, _, _ in made), final if not before else run, step.inputs
+
+
+def last(tensors: tuple) -> list[Tensor]:
+    return [x.contiguous(memory_format=CHANNELS_LAST) for x in tensors]
+
+
+def onednn_activation(act: Activation) -> tuple[str, list, str]:
+    if act.name == "gelu":
+        return "gelu", [], act.numbers[0]
+    return ONEDNN[act.name], list(act.numbers), ""
+
+
+def function(act: Activation) -> Callable[[Tensor], Tensor]:
+    """The activation in place."""
+    name, numbers = act
+    if not name:
+        return lambda x: x
+    if name == "gelu":
+        return lambda x: torch.nn.functional.gelu(x, approximate=numbers[0])
+    kernel = getattr(aten, f"{name}_").default
+    return lambda x: kernel(x, *numbers)

@@ -1,0 +1,608 @@
+"""segfast.optimize: networks of this package and of others fused, against eager; sizes, threads, memory, copies, refusals."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import io
+import json
+import random
+import re
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import count, extra, seed_of_commit
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.utils._pytree import tree_leaves
+
+import segfast
+from segfast import ops
+from segfast.nn import ConvBNAct, DSConv, InvertedResidual, ShuffleV1Unit, ShuffleV2Unit
+
+GOLDEN = Path(__file__).with_name("optimize.json")
+EPS = {torch.float32: 1.2e-7, torch.bfloat16: 7.8e-3}
+
+
+@pytest.fixture(autouse=True)
+def one_thread(restore):
+    """Networks of this size are no work for two threads, which in a busy test run wait for each other at every layer."""
+    torch.set_num_threads(1)
+
+
+def randomised(model: nn.Module) -> nn.Module:
+    """In evaluation mode, with statistics that folding must get right."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.running_mean.normal_(0, 0.2)
+            module.running_var.uniform_(0.5, 2)
+            if module.affine:
+                module.weight.data.uniform_(0.5, 1.5)
+                module.bias.data.normal_(0, 0.2)
+    return model.eval()
+
+
+def rms(x, y) -> float:
+    return float((x.double() - y.double()).square().mean().sqrt()) if x.numel() else 0.0
+
+
+def maps(value) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor)]
+
+
+@torch.no_grad()
+def check(model: nn.Module, images: torch.Tensor, optimized=None, dtype=torch.float32):
+    """At most twice the RMS error of eager PyTorch in the same dtype. Eager's own differs up to twofold between the two layouts
+    that a network may run in, for the same sums in another order: the larger counts."""
+    optimized = optimized or segfast.optimize(model, dtype=dtype)
+    actual = optimized(images)
+    exact = maps(copy.deepcopy(model).double()(images.double()))
+    twin = copy.deepcopy(model).to(dtype)
+    eager = maps(twin(images.to(dtype)))
+    relaid = maps(twin.to(memory_format=torch.channels_last)(images.to(dtype).contiguous(memory_format=torch.channels_last)))
+    assert len(maps(actual)) == len(exact)
+    for a, x, e, r in zip(maps(actual), exact, eager, relaid, strict=True):
+        assert (a.shape, a.dtype) == (e.shape, e.dtype)
+        assert not a.requires_grad
+        if not a.is_floating_point():
+            assert float((a != x).double().mean()) <= 2 * max(float((b != x).double().mean()) for b in (e, r)) + 0.01
+            continue
+        allowed = 2 * max(rms(e, x), rms(r, x)) + 0.5 * EPS[dtype] * rms(x, torch.zeros_like(x))
+        assert rms(a, x) <= allowed, f"off by {rms(a, x):.3g}, allowed {allowed:.3g}"
+    return optimized
+
+
+class Small(nn.Module):
+    """A block of every kind."""
+
+    def __init__(self, width: int = 16, classes: int = 5):
+        super().__init__()
+        self.stem = ConvBNAct(3, width, 3, 2)
+        self.separable = DSConv(width, width)
+        self.inverted = InvertedResidual(width, width)
+        self.units = nn.Sequential(ShuffleV1Unit(width, width, 2), ShuffleV2Unit(width, width))
+        self.head = nn.Conv2d(width, classes, 1)
+
+    def forward(self, x):
+        y = self.head(self.units(self.inverted(self.separable(self.stem(x)))))
+        return F.interpolate(y, x.shape[2:], mode="bilinear")
+
+
+@pytest.fixture(scope="module")
+def small():
+    torch.manual_seed(0)
+    return randomised(Small())
+
+
+def zoo(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    return randomised(segfast.create_model(name, 5))
+
+
+def timm_features(name: str):
+    return lambda: extra("timm").create_model(name, features_only=True)
+
+
+def smp(name: str):
+    def build():
+        extra("timm")
+        return getattr(extra("segmentation_models_pytorch"), name)("mobilenet_v2", encoder_weights=None, classes=5)
+
+    return build
+
+
+def lraspp():
+    extra("torchvision")
+    from torchvision.models.segmentation import lraspp_mobilenet_v3_large
+
+    return lraspp_mobilenet_v3_large(weights=None, weights_backbone=None, num_classes=5)
+
+
+OTHERS = {
+    "timm mobilenetv2_100": timm_features("mobilenetv2_100"),
+    "timm efficientnet_lite0": timm_features("efficientnet_lite0"),
+    "timm mobilenetv3_large_100": timm_features("mobilenetv3_large_100"),
+    "smp Unet mobilenet_v2": smp("Unet"),
+    "smp DeepLabV3Plus mobilenet_v2": smp("DeepLabV3Plus"),
+    "torchvision lraspp_mobilenet_v3_large": lraspp,
+}
+
+
+def golden(name: str, optimized) -> None:
+    expected = json.loads(GOLDEN.read_text())
+    assert optimized.explain().reason == ""
+    assert optimized.explain().counts() == expected[name], "if the change is meant, write it into tests/optimize.json"
+
+
+@pytest.mark.parametrize("name", segfast.list_models())
+def test_zoo(name):
+    golden(name, check(zoo(name), torch.randn(1, 3, 64, 96)))
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_networks_of_others(name):
+    torch.manual_seed(0)
+    model = randomised(OTHERS[name]())
+    golden(name, check(model, torch.randn(1, 3, 96, 128)))
+
+
+@pytest.mark.parametrize(
+    "name", random.Random(seed_of_commit()).sample(segfast.list_models(), count(3, len(segfast.list_models())))
+)
+def test_zoo_in_bfloat16(name):
+    check(zoo(name), torch.randn(1, 3, 64, 96), dtype=torch.bfloat16)
+
+
+def test_bfloat16(small):
+    check(small, torch.randn(2, 3, 33, 50), dtype=torch.bfloat16)
+
+
+class Classes(nn.Module):
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        self.network = network
+
+    def forward(self, x):
+        return self.network(x).argmax(1)
+
+
+def test_explanation(small):
+    optimized = segfast.optimize(Classes(small).eval(), torch.randn(1, 3, 32, 48))
+    explanation = optimized.explain()
+    assert explanation.counts() == {
+        "aten": 3, "channel_shuffle": 1, "concat_shuffle": 1, "conv": 1, "conv+bn+add+relu": 1, "conv+bn+relu": 2,
+        "depthwise+bn": 1, "ds_conv": 1, "inverted_residual": 2, "upsample_argmax": 1,
+    }  # fmt: skip
+    alone = [line for line in explanation.lines if line.kind == "aten"]
+    assert all(line.reason for line in alone)
+    fused = next(line for line in explanation.lines if line.kind == "inverted_residual")
+    assert fused.scope.startswith("network.inverted")
+    assert "upsample_argmax" in str(explanation)
+    with pytest.raises(RuntimeError, match="want a call or an example"):
+        segfast.optimize(small).explain()
+
+
+@pytest.mark.parametrize("dtype", [None, torch.uint8, torch.int32])
+def test_class_map(small, dtype):
+    images = torch.randn(2, 3, 33, 50)
+    optimized = segfast.optimize(Classes(small).eval(), class_dtype=dtype)
+    classes = optimized(images)
+    assert classes.dtype == (dtype or torch.int64)
+    with torch.no_grad():
+        logits = small(images)
+    assert (
+        torch.equal(classes.long(), logits.argmax(1))
+        or rms(logits.gather(1, classes.long()[:, None]), logits.amax(1, keepdim=True)) < 1e-5
+    )
+    kept = segfast.optimize(lambda_module(lambda x: (y := small(x).argmax(1), F.one_hot(y, 5))), class_dtype=dtype)
+    both = kept(images)
+    assert [y.dtype for y in both] == [dtype or torch.int64] * 2
+
+
+def lambda_module(function) -> nn.Module:
+    class Lambda(nn.Module):
+        def forward(self, x):
+            return function(x)
+
+    return Lambda().eval()
+
+
+def test_ops_of_the_head_are_found():
+    """A network that calls upsample_argmax itself: exported it is its reference, which is recognised again."""
+    layers = nn.Conv2d(3, 5, 3, 4, 1)
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = layers
+
+        def forward(self, x):
+            return ops.upsample_argmax(self.layers(x), x.shape[2:])
+
+    images = torch.randn(1, 3, 32, 32)
+    optimized = segfast.optimize(Model().eval())
+    assert torch.equal(optimized(images), Model().eval()(images))
+    assert optimized.explain().counts()["upsample_argmax"] == 1
+
+
+def test_sizes():
+    """The first size by itself, further ones by a graph of all sizes; each of them right."""
+    model = randomised(nn.Sequential(ConvBNAct(3, 8, 3, 2), DSConv(8, 8), InvertedResidual(8, 8), ShuffleV2Unit(8, 8)))
+    optimized = segfast.optimize(model)
+    for size in [(1, 3, 32, 48), (1, 3, 33, 50), (1, 3, 64, 31), (5, 3, 32, 48), (2, 3, 40, 40), (0, 3, 32, 48), (1, 3, 1, 1)]:
+        check(model, torch.randn(size), optimized)
+        assert optimized.explain().reason == ""
+    assert len(optimized._captures) < 7
+
+
+def test_one_graph_and_its_weights_serve_further_sizes():
+    optimized = segfast.optimize(randomised(nn.Sequential(DSConv(3, 8), nn.Upsample(scale_factor=2, mode="bilinear"))))
+    for height in (32, 40, 48, 56):
+        optimized(torch.randn(1, 3, height, 64))
+    assert len(optimized._captures) == 2
+    assert len(optimized._weights.packed) == 2  # depthwise and pointwise
+
+
+def test_branches_on_sizes_are_guarded():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 4, 3), nn.Conv2d(3, 4, 3, padding=1)
+
+        def forward(self, x):
+            return self.a(x) if x.shape[3] % 2 else self.b(x) * (x.shape[2] // 3)
+
+    model = Model().eval()
+    optimized = segfast.optimize(model)
+    for size in [(8, 8), (10, 8), (8, 9), (12, 11), (9, 20), (13, 13), (8, 8), (21, 21)]:
+        images = torch.randn(1, 3, *size)
+        with torch.no_grad():
+            torch.testing.assert_close(optimized(images), model(images), rtol=1e-5, atol=1e-5)
+
+
+def test_layouts_and_modes(small):
+    images = torch.randn(2, 3, 32, 48)
+    optimized = segfast.optimize(small)
+    expected = optimized(images)
+    for relaid in (
+        images.contiguous(memory_format=torch.channels_last),
+        images.transpose(2, 3).contiguous().transpose(2, 3),
+        images.repeat_interleave(2, dim=3)[..., ::2],
+        images.clone().requires_grad_(),
+    ):
+        torch.testing.assert_close(optimized(relaid), expected, rtol=1e-5, atol=1e-5)
+    with torch.inference_mode():
+        torch.testing.assert_close(optimized(images), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(optimized(x=images), expected, rtol=1e-5, atol=1e-5)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert optimized(images).dtype == torch.float32  # its dtype is its own
+
+
+def test_input_and_weights_are_left_alone(small):
+    images = torch.randn(1, 3, 32, 48)
+    before, state = images.clone(), {name: value.clone() for name, value in small.state_dict().items()}
+    optimized = segfast.optimize(small)
+    first = optimized(images)
+    assert torch.equal(optimized(images), first)
+    assert torch.equal(images, before)
+    assert all(torch.equal(value, state[name]) for name, value in small.state_dict().items())
+
+
+def test_in_place_code_is_kept_right():
+    """Overwriting is the graph's own business: the input, residuals and views are what they were."""
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(4, 4, 1)
+
+        def forward(self, x):
+            y = self.conv(x)
+            z = F.relu(y, inplace=True)
+            z += x
+            half = z[:, :2]
+            half.mul_(2)
+            return z, y, torch.cat([half, z[:, 2:]], 1), x.relu_() if False else x * 2
+
+    torch.manual_seed(0)
+    model, images = Model().eval(), torch.randn(2, 4, 6, 5)
+    optimized = segfast.optimize(model)
+    with torch.no_grad():
+        for a, e in zip(optimized(images), model(images), strict=True):
+            torch.testing.assert_close(a, e, rtol=1e-5, atol=1e-5)
+    assert optimized.explain().reason == ""
+
+
+def test_structures():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 1)
+
+        def forward(self, x, scale: float = 1.0, *, more=None):
+            y = self.conv(x) * scale
+            return {"out": y, "all": [y + 1, (more if more is not None else x) - 1], "number": 3, "none": None}
+
+    model, images = Model().eval(), torch.randn(1, 3, 8, 8)
+    optimized = segfast.optimize(model)
+    for args, kwargs in (((images,), {}), ((images, 2.0), {}), ((images,), {"more": images[:, :1]})):
+        with torch.no_grad():
+            expected, actual = model(*args, **kwargs), optimized(*args, **kwargs)
+        assert list(actual) == list(expected)
+        assert (actual["number"], actual["none"]) == (3, None)
+        for a, e in zip(maps(actual), maps(expected), strict=True):
+            torch.testing.assert_close(a, e, rtol=1e-5, atol=1e-5)
+
+
+class Branching(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 1)
+
+    def forward(self, x):
+        y = self.conv(x)
+        if y.sum() > 0:
+            return y
+        return -y
+
+
+def test_what_cannot_be_captured_runs_as_it_was():
+    model, images = Branching().eval(), torch.randn(1, 3, 8, 8)
+    for dtype in (torch.float32, torch.bfloat16):
+        optimized = segfast.optimize(model, images, dtype=dtype)
+        with torch.no_grad():
+            assert torch.equal(optimized(images), copy.deepcopy(model).to(dtype)(images.to(dtype)))
+        reason = str(optimized.explain())
+        assert "runs as it was" in reason
+        assert "if y.sum() > 0:" in reason
+        assert "test_optimize.py" in reason
+
+
+def test_counting_networks_run_as_they_were():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, x):
+            self.calls += 1
+            return x * self.calls
+
+    model, images = Model().eval(), torch.ones(1, 3, 2, 2)
+    optimized = segfast.optimize(model)
+    assert [float(optimized(images).mean()) for _ in range(3)] == [1, 2, 3]
+    assert "calls" in optimized.explain().reason
+
+
+class Checked(nn.Module):
+    def __init__(self, layers: nn.Module):
+        super().__init__()
+        self.layers = layers
+
+    def forward(self, x):
+        if min(x.shape[2:]) < 16:
+            raise ValueError(f"want at least 16 pixels a side, got {tuple(x.shape)}")
+        return self.layers(x)
+
+
+def test_raises_where_eager_does():
+    model = Checked(nn.Sequential(ConvBNAct(3, 4, 5, padding=0), nn.Conv2d(4, 4, 16), nn.Flatten(2))).eval()
+    optimized = segfast.optimize(model, torch.randn(1, 3, 20, 20))
+    for size in [
+        (1, 3, 8, 20),
+        (1, 3, 17, 17),
+        (1, 4, 20, 20),
+        (3, 20, 20),
+        (1, 3, 20, 21),
+        (1, 3, 15, 21),
+        (1, 3, 18, 21),
+        (1, 4, 20, 22),
+    ]:
+        images = torch.randn(size)
+        try:
+            with torch.no_grad():
+                expected = model(images)
+        except (ValueError, RuntimeError, IndexError) as refusal:
+            with pytest.raises(type(refusal), match=re.escape(str(refusal))):
+                optimized(images)
+        else:
+            torch.testing.assert_close(optimized(images), expected, rtol=1e-4, atol=1e-4)
+    with pytest.raises(RuntimeError, match="type"):
+        optimized(torch.zeros(1, 3, 20, 20).double())
+    assert len(optimized._captures) == 2
+
+
+def test_refusals(small):
+    with pytest.raises(TypeError, match=r"want an nn.Module, got OrderedDict"):
+        segfast.optimize(small.state_dict())
+    training = copy.deepcopy(small)
+    training.inverted.train()
+    with pytest.raises(ValueError, match=r"evaluation mode .*, got inverted.* in training mode"):
+        segfast.optimize(training)
+    with torch.device("meta"):
+        empty = Small().eval()
+    with pytest.raises(ValueError, match=r"want a network with its weights loaded, got stem.conv.weight without data"):
+        segfast.optimize(empty)
+    with pytest.raises(ValueError, match="without data"):
+        segfast.optimize(nn.LazyConv2d(4, 3).eval())
+    with pytest.raises(ValueError, match="want dtype"):
+        segfast.optimize(small, dtype=torch.float16)
+    with pytest.raises(ValueError, match="want class_dtype"):
+        segfast.optimize(small, class_dtype=torch.int16)
+    optimized = segfast.optimize(small)
+    with pytest.raises(RuntimeError, match="want evaluation mode"):
+        optimized.train()
+    assert optimized.eval() is optimized
+    many = nn.Sequential(nn.Conv2d(3, 300, 1), lambda_module(lambda x: x.argmax(1))).eval()
+    with pytest.raises(ValueError, match="300 classes"):
+        segfast.optimize(many, class_dtype=torch.uint8)(torch.randn(1, 3, 4, 4))
+
+
+def test_copies(small):
+    images = torch.randn(1, 3, 32, 48)
+    optimized = segfast.optimize(Classes(small).eval(), images, class_dtype=torch.uint8)
+    expected = optimized(images)
+    file = io.BytesIO()
+    torch.save(optimized, file)
+    file.seek(0)
+    for other in (copy.deepcopy(optimized), torch.load(file, weights_only=False)):
+        assert torch.equal(other(images), expected)
+        assert other.model is not optimized.model
+
+
+def test_new_weights_are_packed_anew(small):
+    images = torch.randn(1, 3, 32, 48)
+    model = copy.deepcopy(small)
+    optimized = segfast.optimize(model, images)
+    other = randomised(Small())
+    optimized.load_state_dict({f"model.{name}": value for name, value in other.state_dict().items()})
+    check(other, images, optimized)
+    with torch.no_grad():
+        model.head.weight.zero_()
+    optimized.repack()
+    check(model, images, optimized)
+    assert optimized.double()(images.double()).dtype == torch.float32
+
+
+def test_export_holds_only_aten(small):
+    images = torch.randn(1, 3, 32, 48)
+    optimized = segfast.optimize(Classes(small).eval(), images)
+    program = torch.export.export(optimized, (images,))
+    assert {
+        node.target.namespace for node in program.graph.nodes if node.op == "call_function" and hasattr(node.target, "namespace")
+    } == {"aten"}
+    assert torch.equal(program.module()(images), Classes(small)(images))
+
+
+def test_threads_share_one():
+    """Called for the first time by four threads at a time, with sizes of their own."""
+    model = randomised(nn.Sequential(ConvBNAct(3, 8), DSConv(8, 8), InvertedResidual(8, 8)))
+    optimized, failures = segfast.optimize(model), []
+    inputs = [torch.randn(1, 3, 16 + 2 * (i % 2), 24) for i in range(4)]
+    with torch.no_grad():
+        expected = [model(x) for x in inputs]
+
+    def work(i: int) -> None:
+        try:
+            for _ in range(50):
+                torch.testing.assert_close(optimized(inputs[i]), expected[i], rtol=1e-4, atol=1e-4)
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures, failures[0]
+    assert len(optimized._programs) == 2
+
+
+def resident() -> int:
+    fields = Path("/proc/self/statm").read_text().split()
+    return int(fields[1]) * 4096
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc")
+def test_a_thousand_calls_need_no_more_memory():
+    model = randomised(nn.Sequential(ConvBNAct(3, 16, stride=2), InvertedResidual(16, 16), nn.Conv2d(16, 4, 1)))
+    optimized, images = segfast.optimize(model), torch.randn(1, 3, 64, 64)
+    for _ in range(100):
+        optimized(images)
+    gc.collect()
+    before = resident()
+    for _ in range(1000):
+        optimized(images)
+    gc.collect()
+    assert resident() - before < 4 << 20  # one map of the middle layer kept a call would be 400 MB
+
+
+def test_the_cache_is_bounded():
+    optimized = segfast.optimize(nn.Conv2d(3, 4, 1).eval())
+    for width in range(2, 60):
+        optimized(torch.randn(1, 3, 4, width))
+    assert len(optimized._programs) <= 32
+    assert len(optimized._captures) <= 8
+
+
+class Drawn(nn.Module):
+    """A row of layers; a map is resized, split, joined and summed in between."""
+
+    def __init__(self, kinds: list[tuple], channels: int):
+        super().__init__()
+        self.kinds = kinds
+        c, h = channels, channels // 2
+        made = {
+            "conv": lambda k, s: nn.Conv2d(c, c, k, s, k // 2),
+            "same": lambda k, s: nn.Conv2d(c, c, k, padding="same", bias=False),
+            "grouped": lambda k, s: nn.Conv2d(c, c, k, 1, k // 2, groups=2),
+            "depthwise": lambda k, s: nn.Conv2d(c, c, k, s, k // 2, groups=c, bias=False),
+            "pointwise": lambda k, s: nn.Conv2d(c, c, 1, bias=k == 3),
+            "transposed": lambda k, s: nn.ConvTranspose2d(c, c, k, s, k // 2, s - 1, groups=s),
+            "half": lambda k, s: nn.Conv2d(h, h, 1),
+            "bn": lambda k, s: nn.BatchNorm2d(c, affine=k == 3),
+            "group_norm": lambda k, s: nn.GroupNorm(2, c),
+            "prelu": lambda k, s: nn.PReLU(c),
+        }
+        self.layers = nn.ModuleList(made[kind](k, s) if kind in made else nn.Identity() for kind, k, s in kinds)
+
+    def forward(self, x):
+        kept = x
+        for (kind, k, s), layer in zip(self.kinds, self.layers):
+            if kind in ACTS:
+                x = ACTS[kind](x)
+            elif kind == "keep":
+                kept = x
+            elif kind == "add":
+                x = x + kept if x.shape == kept.shape else x
+            elif kind == "add_":
+                x = torch.mul(x, 1.5)
+                x += kept if x.shape == kept.shape else x
+            elif kind == "gate":
+                x = x * x.mean((2, 3), keepdim=True).sigmoid()
+            elif kind == "pool":
+                x = F.max_pool2d(x, k, s, k // 2)
+            elif kind == "grid":
+                x = x + F.interpolate(F.adaptive_avg_pool2d(x, s), x.shape[2:], mode="bilinear", align_corners=k == 3)
+            elif kind == "resize":
+                x = F.interpolate(x, scale_factor=s, mode="bilinear" if k == 3 else "nearest")
+            elif kind == "half":
+                a, b = x.chunk(2, 1)
+                x = ops.concat_shuffle([a, layer(b)], 2)
+            elif kind == "shuffle":
+                x = ops.channel_shuffle(x, 2)
+            elif kind == "flip":
+                x = x.flip(3)
+            else:
+                x = layer(x)
+        return x, kept
+
+
+ACTS = {
+    "relu": F.relu, "relu_": lambda x: F.relu(x * 1.0, inplace=True), "relu6": F.relu6, "silu": F.silu, "elu": F.elu,
+    "hardswish": F.hardswish, "leaky": lambda x: F.leaky_relu(x, 0.2), "gelu": F.gelu, "sigmoid": torch.sigmoid,
+    "clamp": lambda x: x.clamp(-1, 2),
+}  # fmt: skip
+KINDS = [
+    "conv", "same", "grouped", "depthwise", "depthwise", "pointwise", "pointwise", "transposed", "half", "bn", "bn", "bn",
+    "group_norm", "prelu", "keep", "add", "add", "add_", "gate", "pool", "grid", "resize", "shuffle", "flip", *ACTS,
+]  # fmt: skip
+
+
+@settings(max_examples=count(30, 500), deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), database=None)
+@given(
+    kinds=st.lists(st.tuples(st.sampled_from(KINDS), st.sampled_from([1, 3]), st.sampled_from([1, 2])), min_size=1, max_size=14),
+    channels=st.sampled_from([2, 6, 16]),
+    size=st.tuples(st.integers(1, 3), st.integers(4, 12), st.integers(4, 12)),
+    seed=st.integers(0, 1000),
+    dtype=st.sampled_from([torch.float32, torch.float32, torch.bfloat16]),
+)
+def test_random_networks(kinds, channels, size, seed, dtype):
+    torch.manual_seed(seed)
+    model = randomised(Drawn(kinds, channels))
+    optimized = check(model, torch.randn(size[0], channels, *size[1:]), dtype=dtype)
+    assert optimized.explain().reason == ""
