@@ -9,17 +9,11 @@
 // of threads.
 #define SEGFAST_FILE "ds_conv.cpp"
 #include "each_isa.h"
+#include "fused_conv.h"
 
 #ifndef SEGFAST_DS_CONV_TYPES
 #define SEGFAST_DS_CONV_TYPES
 namespace segfast {
-
-struct Geometry {
-  int64_t n, c, h, w, k, oh, ow, kh, kw, sh, sw, ph, pw, dh, dw;
-  int64_t pixels() const { return n * oh * ow; }
-};
-
-enum Act : int64_t { kIdentity, kRelu, kRelu6, kSilu, kHardswish };
 
 // What the kernels of one call share. Pointers in the compute type A point to rows of padded length.
 template <class T, class A>
@@ -46,37 +40,6 @@ struct DsConv {
 #ifdef SEGFAST_KERNELS
 namespace segfast::SEGFAST_ISA {
 
-template <int N>
-struct Int {
-  static constexpr int value = N;
-  constexpr operator int64_t() const { return N; }
-};
-
-template <class A>
-constexpr int kVectors = 2;  // vectors a panel
-template <class A>
-constexpr int kRows = SEGFAST_BYTES == 64 ? 12 : 6;
-
-// NaN stays NaN, as in ATen.
-template <class A>
-SEGFAST_INLINE Vec<A> activate(Vec<A> v, int64_t act) {
-  const Vec<A> zero{}, three = splat<A>(3), six = splat<A>(6);
-  switch (act) {
-    case kRelu:
-      return v < zero ? zero : v;
-    case kRelu6:
-      return v < zero ? zero : (v > six ? six : v);
-    case kSilu:
-      return v / (exp(-v) + 1);
-    case kHardswish: {
-      const Vec<A> r = v + three;
-      return v * (r < zero ? zero : (r > six ? six : r)) / six;
-    }
-    default:
-      return v;
-  }
-}
-
 // Gradient of the activation at pre-activation v, times g.
 template <class A>
 SEGFAST_INLINE Vec<A> activate_grad(Vec<A> v, Vec<A> g, int64_t act) {
@@ -97,40 +60,6 @@ SEGFAST_INLINE Vec<A> activate_grad(Vec<A> v, Vec<A> g, int64_t act) {
   }
 }
 
-// The activations that are a clamp to [low, high]; NaN stays NaN.
-SEGFAST_INLINE bool is_clamp(int64_t act) { return act == kIdentity || act == kRelu || act == kRelu6; }
-template <class A>
-SEGFAST_INLINE A low_of(int64_t act) {
-  return act == kIdentity ? -static_cast<A>(__builtin_inff()) : A(0);
-}
-template <class A>
-SEGFAST_INLINE A high_of(int64_t act) {
-  return act == kRelu6 ? A(6) : static_cast<A>(__builtin_inff());
-}
-template <class A>
-SEGFAST_INLINE Vec<A> clamp(Vec<A> v, Vec<A> low, Vec<A> high) {
-  v = v < low ? low : v;
-  return v > high ? high : v;
-}
-
-// Where a product goes: row i, columns from col on, of a matrix with `cols` columns, `ld` apart.
-//   to = act(value + shift) when Clamp or not, = value when there is no shift, += value when Add.
-template <class T, class A, bool Clamp = true>
-struct Put {
-  T* to;
-  int64_t ld, cols;
-  const A* shift;
-  int64_t act;
-  SEGFAST_INLINE Vec<A> value(int64_t col, Vec<A> v) const {
-    v += load(shift + col);
-    if constexpr (Clamp) return clamp<A>(v, splat(low_of<A>(act)), splat(high_of<A>(act)));
-    return activate<A>(v, act);
-  }
-  SEGFAST_INLINE void operator()(int64_t i, int64_t col, Vec<A> v) const { store(to + i * ld + col, value(col, v)); }
-  SEGFAST_INLINE void part(int64_t i, int64_t col, Vec<A> v) const {
-    if (col < cols) store_n(to + i * ld + col, value(col, v), static_cast<int>(cols - col));
-  }
-};
 template <class A>
 struct Add {
   A* to;
@@ -140,58 +69,6 @@ struct Add {
   }
   SEGFAST_INLINE void part(int64_t i, int64_t col, Vec<A> v) const { (*this)(i, col, v); }
 };
-
-// M rows, V vectors of columns from `col` on: sum over depth of a[i * row + d * step] * b[d * b_step + j * lanes].
-// A function of its own: in a large one GCC keeps the accumulators in memory. For the same reason `put` calls nothing.
-template <int M, int V, class A, class P>
-SEGFAST_NOINLINE void micro(int64_t depth, const A* __restrict a, int64_t row, int64_t step, const A* __restrict b,
-                            int64_t b_step, int64_t first, int64_t col, const P put) {
-  constexpr int L = lanes<A>;
-  Vec<A> acc[M][V] = {};
-  for (int64_t d = 0; d < depth; ++d) {
-    Vec<A> bv[V];
-#pragma GCC unroll 8
-    for (int j = 0; j < V; ++j) bv[j] = load(b + d * b_step + j * L);
-#pragma GCC unroll 16
-    for (int i = 0; i < M; ++i) {
-      const A s = a[i * row + d * step];
-#pragma GCC unroll 8
-      for (int j = 0; j < V; ++j) acc[i][j] += bv[j] * s;
-    }
-  }
-  if (col + V * L <= put.cols) {
-#pragma GCC unroll 16
-    for (int i = 0; i < M; ++i) {
-#pragma GCC unroll 8
-      for (int j = 0; j < V; ++j) put(first + i, col + j * L, acc[i][j]);
-    }
-  } else {
-#pragma GCC unroll 16
-    for (int i = 0; i < M; ++i) {
-#pragma GCC unroll 8
-      for (int j = 0; j < V; ++j) put.part(first + i, col + j * L, acc[i][j]);
-    }
-  }
-}
-
-template <int V, class A, class P>
-SEGFAST_INLINE void rows_of(int64_t rows, int64_t depth, const A* a, int64_t row, int64_t step, const A* b, int64_t b_step,
-                            int64_t col, const P& put) {
-  constexpr int M = kRows<A>;
-  int64_t i = 0;
-  for (; i + M <= rows; i += M) micro<M, V, A>(depth, a + i * row, row, step, b, b_step, i, col, put);
-  for (; i + 4 <= rows; i += 4) micro<4, V, A>(depth, a + i * row, row, step, b, b_step, i, col, put);
-  for (; i < rows; ++i) micro<1, V, A>(depth, a + i * row, row, step, b, b_step, i, col, put);
-}
-
-// [rows, depth] (leading dimension lda) times packed panels [padded / panel][depth][panel].
-template <class A, class P>
-SEGFAST_INLINE void product(int64_t rows, int64_t depth, const A* a, int64_t lda, const A* panels, int64_t padded, const P& put) {
-  constexpr int V = kVectors<A>, L = lanes<A>;
-  int64_t col = 0;
-  for (; col + V * L <= padded; col += V * L) rows_of<V, A>(rows, depth, a, lda, 1, panels + col * depth, V * L, col, put);
-  for (; col < padded; col += L) rows_of<1, A>(rows, depth, a, lda, 1, panels + col * depth, L, col, put);
-}
 
 // put's matrix[r][c]: sum over pixels p of a[p * lda + r] * b[p * ldb + c]: the weight gradient of the pointwise half.
 template <class A, class P>
@@ -219,130 +96,6 @@ void pack(const T* w, int64_t cols, int64_t depth, int64_t col_step, int64_t d_s
       }
     }
     col += width;
-  }
-}
-
-// One output pixel of a depthwise convolution from its list of taps: sources and weights.
-template <class T, class A, class P>
-SEGFAST_INLINE void depthwise_pixel(int taps, const T* const* from, const A* const* weight, int64_t pixel, const P& put) {
-  constexpr int L = lanes<A>;
-  for (int64_t c0 = 0; c0 < put.cols; c0 += L) {
-    Vec<A> acc{};
-    if (c0 + L <= put.cols) {
-      for (int t = 0; t < taps; ++t) acc += load(from[t] + c0) * load(weight[t] + c0);
-      put(pixel, c0, acc);
-    } else {
-      for (int t = 0; t < taps; ++t) acc += load_n(from[t] + c0, static_cast<int>(put.cols - c0)) * load(weight[t] + c0);
-      put.part(pixel, c0, acc);
-    }
-  }
-}
-
-// N interior pixels of one row from `pixel` on and all their channels: K taps wide, stride S, no dilation, vertical taps
-// [ky0, ky1).
-template <int N, int K, int S, class T, class A, class P>
-SEGFAST_NOINLINE void depthwise_block(const T* x, int64_t row, int64_t c, const A* w, int64_t cp, int64_t ky0, int64_t ky1,
-                                      int64_t pixel, const P put) {
-  constexpr int L = lanes<A>;
-  const auto taps = [&](int64_t c0, auto read, Vec<A>(&acc)[N]) {
-    for (int64_t ky = ky0; ky < ky1; ++ky) {
-      const T* from = x + ky * row + c0;
-      if (ky + 1 == ky1) {  // part of the row that is new, two blocks ahead: the hardware does not follow these strides
-#pragma GCC unroll 16
-        for (int i = 0; i < N * S; ++i) prefetch(from + (2 * N * S + K - S + i) * c);
-      }
-      Vec<A> wv[K];
-#pragma GCC unroll 8
-      for (int kx = 0; kx < K; ++kx) wv[kx] = load(w + (ky * K + kx) * cp + c0);
-#pragma GCC unroll 32
-      for (int column = 0; column < (N - 1) * S + K; ++column) {
-        const Vec<A> v = read(from + column * c);
-#pragma GCC unroll 8
-        for (int kx = 0; kx < K; ++kx) {
-          if (column >= kx && (column - kx) % S == 0 && (column - kx) / S < N) acc[(column - kx) / S] += v * wv[kx];
-        }
-      }
-    }
-  };
-  int64_t c0 = 0;
-  for (; c0 + L <= c; c0 += L) {
-    Vec<A> acc[N] = {};
-    taps(c0, [](const T* p) { return load(p); }, acc);
-#pragma GCC unroll 8
-    for (int i = 0; i < N; ++i) put(pixel + i, c0, acc[i]);
-  }
-  if (c0 < c) {
-    Vec<A> acc[N] = {};
-    const int left = static_cast<int>(c - c0);
-    taps(c0, [left](const T* p) { return load_n(p, left); }, acc);
-#pragma GCC unroll 8
-    for (int i = 0; i < N; ++i) put.part(pixel + i, c0, acc[i]);
-  }
-}
-
-template <int K, int S, class T, class A, class P>
-SEGFAST_INLINE void depthwise_run(const T* x, int64_t row, int64_t c, const A* w, int64_t cp, int64_t ky0, int64_t ky1,
-                                  int64_t count, int64_t pixel, const P& put) {
-  constexpr int N = SEGFAST_BYTES == 64 ? 8 : 4;
-  int64_t p = 0;
-  for (; p + N <= count; p += N) depthwise_block<N, K, S>(x + p * S * c, row, c, w, cp, ky0, ky1, pixel + p, put);
-  for (; p < count; ++p) depthwise_block<1, K, S>(x + p * S * c, row, c, w, cp, ky0, ky1, pixel + p, put);
-}
-
-// Outputs [ox0, ox1) of row oy of image n of a depthwise convolution of x [n][h][w][c], put at rows `at`, `at` + 1, ...
-template <class T, class A, class P>
-SEGFAST_INLINE void depthwise_row(const Geometry& g, const T* x, const A* w, int64_t cp, int64_t n, int64_t oy, int64_t ox0,
-                                  int64_t ox1, int64_t at, const P& put) {
-  const int64_t row = g.w * g.c, iy = oy * g.sh - g.ph;
-  const T* image = x + n * g.h * row;
-  int64_t first = ox1, last = ox1;  // the pixels whose taps all lie inside, horizontally
-  const bool fast =
-      g.dh == 1 && g.dw == 1 && g.kh == g.kw && g.sh == g.sw && (g.kw == 3 || g.kw == 5) && (g.sw == 1 || g.sw == 2);
-  if (fast) {
-    first = (g.pw + g.sw - 1) / g.sw;
-    last = g.w - g.kw + g.pw < 0 ? 0 : (g.w - g.kw + g.pw) / g.sw + 1;
-    first = first < ox0 ? ox0 : (first > ox1 ? ox1 : first);
-    last = last < first ? first : (last > ox1 ? ox1 : last);
-  }
-  for (int64_t ox = ox0; ox < ox1; ++ox) {
-    if (ox == first && last > first) {
-      const int64_t ky0 = iy < 0 ? (-iy < g.kh ? -iy : g.kh) : 0;
-      const int64_t ky1 = iy + g.kh > g.h ? (g.h - iy > ky0 ? g.h - iy : ky0) : g.kh;
-      const T* from = image + iy * row + (ox * g.sw - g.pw) * g.c;
-      const int64_t count = last - first, pixel = at + first - ox0;
-      if (g.kw == 3 && g.sw == 1) depthwise_run<3, 1>(from, row, g.c, w, cp, ky0, ky1, count, pixel, put);
-      if (g.kw == 3 && g.sw == 2) depthwise_run<3, 2>(from, row, g.c, w, cp, ky0, ky1, count, pixel, put);
-      if (g.kw == 5 && g.sw == 1) depthwise_run<5, 1>(from, row, g.c, w, cp, ky0, ky1, count, pixel, put);
-      if (g.kw == 5 && g.sw == 2) depthwise_run<5, 2>(from, row, g.c, w, cp, ky0, ky1, count, pixel, put);
-      ox = last - 1;
-      continue;
-    }
-    constexpr int kMost = 64;  // taps at once; larger kernels are refused by the launcher
-    const T* from[kMost];
-    const A* weight[kMost];
-    int taps = 0;
-    for (int64_t ky = 0; ky < g.kh; ++ky) {
-      const int64_t y = iy + ky * g.dh;
-      if (y < 0 || y >= g.h) continue;
-      for (int64_t kx = 0; kx < g.kw; ++kx) {
-        const int64_t xx = ox * g.sw - g.pw + kx * g.dw;
-        if (xx < 0 || xx >= g.w) continue;
-        from[taps] = image + y * row + xx * g.c;
-        weight[taps++] = w + (ky * g.kw + kx) * cp;
-      }
-    }
-    depthwise_pixel(taps, from, weight, at + ox - ox0, put);
-  }
-}
-
-// f(n, oy, ox0, ox1, offset) for each row segment of output pixels [begin, end); offset counts from begin.
-template <class F>
-SEGFAST_INLINE void each_row(const Geometry& g, int64_t begin, int64_t end, F f) {
-  for (int64_t p = begin; p < end;) {
-    const int64_t ox = p % g.ow, oy = p / g.ow % g.oh, n = p / g.ow / g.oh;
-    const int64_t stop = p + (g.ow - ox < end - p ? g.ow - ox : end - p);
-    f(n, oy, ox, ox + (stop - p), p - begin);
-    p = stop;
   }
 }
 
@@ -778,23 +531,7 @@ using torch::headeronly::IntHeaderOnlyArrayRef;
     }                                                          \
   }()
 
-constexpr int64_t kPad = 16;     // every row is padded to whole vectors of the widest set
 constexpr int64_t kChunks = 32;  // of a reduction, at most
-
-int64_t padded(int64_t n) { return (n + kPad - 1) / kPad * kPad; }
-
-// 64-byte aligned scratch, zeroed on request.
-template <class A>
-struct Buffer {
-  A* p;
-  explicit Buffer(int64_t n, bool zero = true)
-      : p(static_cast<A*>(::operator new(sizeof(A) * (n + kPad), std::align_val_t(64)))) {
-    if (zero) std::fill(p, p + n + kPad, A(0));
-  }
-  Buffer(Buffer&& other) noexcept : p(other.p) { other.p = nullptr; }
-  Buffer(const Buffer&) = delete;
-  ~Buffer() { ::operator delete(p, std::align_val_t(64)); }
-};
 
 // A small parameter tensor of any float dtype, in double.
 std::vector<double> read(const Optional& t, int64_t n, double missing) {

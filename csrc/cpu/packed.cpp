@@ -1,0 +1,542 @@
+// Inference over weights packed once, channels_last, float32: dense and depthwise convolution, the depthwise-separable block and
+// the inverted residual, each with its activations and a tensor added before the last one.
+//
+// A packed weight is an opaque byte tensor: Header, then sections at multiples of 64 bytes. Panels are 32 columns wide (the last
+// may be 16) whatever the kernel set, so that what one set packed another can run.
+//
+// Every output element is one sum in one order, whatever tile or thread it falls to: results are bitwise the same on any number
+// of threads.
+#define SEGFAST_FILE "packed.cpp"
+#include "each_isa.h"
+#include "fused_conv.h"
+
+#ifndef SEGFAST_PACKED_TYPES
+#define SEGFAST_PACKED_TYPES
+namespace segfast {
+
+// Geometry::c is what the depthwise (or dense) convolution reads, `ci` what the expansion reads.
+struct PackedArgs {
+  Geometry g;
+  int64_t ci, cp, kp;    // cp, kp: c and k padded
+  int64_t strip, tile;   // output columns a strip, pixels a tile
+  const float *x, *add;  // add may be null
+  float* y;
+  const float *expand, *expand_shift, *dw, *dw_shift, *pw, *pw_shift;
+  int64_t expand_act, dw_act, act;
+};
+
+}  // namespace segfast
+#endif
+
+#ifdef SEGFAST_KERNELS
+namespace segfast::SEGFAST_ISA {
+
+// to = act(value + shift + more): Put with a tensor of the same layout added.
+struct PutAdd {
+  float* to;
+  int64_t ld, cols;
+  const float *shift, *more;
+  int64_t act;
+  SEGFAST_INLINE void operator()(int64_t i, int64_t col, Vec<float> v) const {
+    store(to + i * ld + col, activate<float>(v + load(shift + col) + load(more + i * ld + col), act));
+  }
+  SEGFAST_INLINE void part(int64_t i, int64_t col, Vec<float> v) const {
+    if (col >= cols) return;
+    const int left = static_cast<int>(cols - col);
+    v += load(shift + col) + load_n(more + i * ld + col, left);
+    store_n(to + i * ld + col, activate<float>(v, act), left);
+  }
+};
+
+// f(put) for the rows from `offset` on of the result: the kind of epilogue is chosen once a tile.
+template <class F>
+SEGFAST_INLINE void with_put(float* to, const float* add, int64_t offset, int64_t k, const float* shift, int64_t act, F f) {
+  if (add) return f(PutAdd{to + offset * k, k, k, shift, add + offset * k, act});
+  if (is_clamp(act)) return f(Put<float, float, true>{to + offset * k, k, k, shift, act});
+  f(Put<float, float, false>{to + offset * k, k, k, shift, act});
+}
+template <class F>
+SEGFAST_INLINE void with_middle(float* to, int64_t cp, const float* shift, int64_t act, F f) {
+  if (is_clamp(act)) return f(Put<float, float, true>{to, cp, cp, shift, act});
+  f(Put<float, float, false>{to, cp, cp, shift, act});
+}
+
+// Where the rows of a product's left side come from: `parts` runs of `depth` values each, a row's run p at a[p]; the panel's
+// rows for it from b[p] on.
+struct Runs {
+  int64_t parts, depth;
+  const int64_t *a, *b;
+};
+
+template <int M, int V, class P>
+SEGFAST_NOINLINE void micro_runs(const Runs& runs, const float* __restrict a, int64_t row, const float* __restrict b,
+                                 int64_t width, int64_t first, int64_t col, const P put) {
+  constexpr int L = lanes<float>;
+  Vec<float> acc[M][V] = {};
+  for (int64_t part = 0; part < runs.parts; ++part) {
+    const float* from = a + runs.a[part];
+    const float* panel = b + runs.b[part] * width;
+    for (int64_t d = 0; d < runs.depth; ++d) {
+      Vec<float> bv[V];
+#pragma GCC unroll 8
+      for (int j = 0; j < V; ++j) bv[j] = load(panel + d * width + j * L);
+#pragma GCC unroll 16
+      for (int i = 0; i < M; ++i) {
+        const float s = from[i * row + d];
+#pragma GCC unroll 8
+        for (int j = 0; j < V; ++j) acc[i][j] += bv[j] * s;
+      }
+    }
+  }
+  const bool whole = col + V * L <= put.cols;
+#pragma GCC unroll 16
+  for (int i = 0; i < M; ++i) {
+#pragma GCC unroll 8
+    for (int j = 0; j < V; ++j) {
+      if (whole) {
+        put(first + i, col + j * L, acc[i][j]);
+      } else if (col + (j + 1) * L <= put.cols) {
+        put(first + i, col + j * L, acc[i][j]);
+      } else {
+        put.part(first + i, col + j * L, acc[i][j]);
+      }
+    }
+  }
+}
+
+// rows x (the sum of the runs' depths) times panels of 32 columns, whose rows number `total`.
+template <class P>
+SEGFAST_INLINE void runs_product(int64_t rows, const Runs& runs, const float* a, int64_t row, const float* panels, int64_t total,
+                                 int64_t padded, const P& put) {
+  constexpr int L = lanes<float>, M = kRows<float>;
+  for (int64_t col0 = 0; col0 < padded; col0 += 32) {
+    const int64_t width = padded - col0 < 32 ? padded - col0 : 32;
+    const float* panel = panels + col0 * total;
+    const auto columns = [&](auto vectors, int64_t j) {
+      constexpr int V = decltype(vectors)::value;
+      int64_t i = 0;
+      for (; i + M <= rows; i += M) micro_runs<M, V>(runs, a + i * row, row, panel + j, width, i, col0 + j, put);
+      for (; i + 4 <= rows; i += 4) micro_runs<4, V>(runs, a + i * row, row, panel + j, width, i, col0 + j, put);
+      for (; i + 2 <= rows; i += 2) micro_runs<2, V>(runs, a + i * row, row, panel + j, width, i, col0 + j, put);
+      for (; i < rows; ++i) micro_runs<1, V>(runs, a + i * row, row, panel + j, width, i, col0 + j, put);
+    };
+    int64_t j = 0;
+    for (; j + 2 * L <= width; j += 2 * L) columns(Int<2>{}, j);
+    for (; j < width; j += L) columns(Int<1>{}, j);
+  }
+}
+
+template <class P>
+SEGFAST_INLINE void plain_product(int64_t rows, int64_t depth, const float* a, int64_t lda, const float* panels, int64_t padded,
+                                  const P& put) {
+  const int64_t zero = 0;
+  runs_product(rows, Runs{1, depth, &zero, &zero}, a, lda, panels, depth, padded, put);
+}
+
+// Depthwise convolution and pointwise product over tiles of output pixels [begin, end).
+void separable_tiles(const PackedArgs& o, int64_t begin, int64_t end, float* buffer) {
+  for (int64_t t0 = begin; t0 < end; t0 += o.tile) {
+    const int64_t t1 = t0 + o.tile < end ? t0 + o.tile : end;
+    const auto rows = [&](const auto& middle) {
+      each_row(o.g, t0, t1, [&](int64_t n, int64_t oy, int64_t ox0, int64_t ox1, int64_t offset) {
+        depthwise_row(o.g, o.x, o.dw, o.cp, n, oy, ox0, ox1, offset, middle);
+      });
+    };
+    if (is_clamp(o.dw_act)) {
+      rows(Put<float, float, true>{buffer, o.cp, o.g.c, o.dw_shift, o.dw_act});
+    } else {
+      rows(Put<float, float, false>{buffer, o.cp, o.g.c, o.dw_shift, o.dw_act});
+    }
+    with_put(o.y, o.add, t0, o.g.k, o.pw_shift, o.act,
+             [&](const auto& put) { plain_product(t1 - t0, o.g.c, buffer, o.cp, o.pw, o.kp, put); });
+  }
+}
+
+// A depthwise convolution alone: rows [begin, end) of N * OH.
+void depthwise_rows(const PackedArgs& o, int64_t begin, int64_t end) {
+  for (int64_t r = begin; r < end; ++r) {
+    with_put(o.y, o.add, r * o.g.ow, o.g.c, o.dw_shift, o.act, [&](const auto& put) {
+      depthwise_row(o.g, o.x, o.dw, o.cp, r / o.g.oh, r % o.g.oh, int64_t{0}, o.g.ow, int64_t{0}, put);
+    });
+  }
+}
+
+// A dense 1 x 1 convolution without stride and padding: pixels [begin, end).
+void pointwise_tiles(const PackedArgs& o, int64_t begin, int64_t end) {
+  for (int64_t t0 = begin; t0 < end; t0 += o.tile) {
+    const int64_t t1 = t0 + o.tile < end ? t0 + o.tile : end;
+    with_put(o.y, o.add, t0, o.g.k, o.pw_shift, o.act,
+             [&](const auto& put) { plain_product(t1 - t0, o.g.c, o.x + t0 * o.g.c, o.g.c, o.pw, o.kp, put); });
+  }
+}
+
+// A dense convolution: rows [begin, end) of N * OH. The taps are part of the product's depth: where all of a pixel's columns lie
+// inside, its values are read where they are, else (the ends of a row) from a copy `patch` [kh * kw * c] with zeros outside.
+void dense_rows(const PackedArgs& o, int64_t begin, int64_t end, float* patch) {
+  const Geometry& g = o.g;
+  const int64_t line = g.w * g.c, total = g.kh * g.kw * g.c;
+  const int64_t reach = (g.kw - 1) * g.dw;
+  int64_t first = (g.pw + g.sw - 1) / g.sw, last = g.w - 1 - reach + g.pw < 0 ? 0 : (g.w - 1 - reach + g.pw) / g.sw + 1;
+  first = first < g.ow ? first : g.ow;
+  last = last < first ? first : (last < g.ow ? last : g.ow);
+  int64_t from[64], panel[64];
+  for (int64_t r = begin; r < end; ++r) {
+    const int64_t n = r / g.oh, iy = r % g.oh * g.sh - g.ph;
+    const float* image = o.x + n * g.h * line;
+    int64_t parts = 0;
+    const int64_t wide = g.dw == 1 ? g.kw : 1;  // taps side by side are one run
+    for (int64_t ky = 0; ky < g.kh; ++ky) {
+      const int64_t y = iy + ky * g.dh;
+      if (y < 0 || y >= g.h) continue;
+      for (int64_t kx = 0; kx < g.kw; kx += wide) {
+        from[parts] = y * line + kx * g.dw * g.c;
+        panel[parts++] = (ky * g.kw + kx) * g.c;
+      }
+    }
+    const Runs runs{parts, wide * g.c, from, panel};
+    const auto pixels = [&](int64_t ox0, int64_t ox1) {
+      with_put(o.y, o.add, r * g.ow + ox0, g.k, o.pw_shift, o.act, [&](const auto& put) {
+        runs_product(ox1 - ox0, runs, image + (ox0 * g.sw - g.pw) * g.c, g.sw * g.c, o.pw, total, o.kp, put);
+      });
+    };
+    for (int64_t ox = first; ox < last; ox += o.tile) pixels(ox, ox + o.tile < last ? ox + o.tile : last);
+    for (int64_t ox = 0; ox < g.ow; ++ox) {
+      if (ox == first) ox = last;
+      if (ox >= g.ow) break;
+      float* to = patch;
+      for (int64_t ky = 0; ky < g.kh; ++ky) {
+        const int64_t y = iy + ky * g.dh;
+        for (int64_t kx = 0; kx < g.kw; ++kx, to += g.c) {
+          const int64_t xx = ox * g.sw - g.pw + kx * g.dw;
+          const bool inside = y >= 0 && y < g.h && xx >= 0 && xx < g.w;
+          for (int64_t c = 0; c < g.c; ++c) to[c] = inside ? image[y * line + xx * g.c + c] : 0.0f;
+        }
+      }
+      with_put(o.y, o.add, r * g.ow + ox, g.k, o.pw_shift, o.act,
+               [&](const auto& put) { plain_product(1, total, patch, total, o.pw, o.kp, put); });
+    }
+  }
+}
+
+// Outputs [0, count) of a depthwise convolution whose taps all lie inside: rows[ky] is null where the kernel leaves the image.
+template <class P>
+SEGFAST_INLINE void depthwise_inside(const Geometry& g, const float* const* rows, const float* w, int64_t cp, int64_t count,
+                                     const P& put) {
+  int64_t ky0 = 0, ky1 = g.kh;
+  while (ky0 < ky1 && !rows[ky0]) ++ky0;
+  while (ky1 > ky0 && !rows[ky1 - 1]) --ky1;
+  if (g.dw == 1 && g.kw == 3 && g.sw == 1) return depthwise_run<3, 1>(rows, 0, cp, w, cp, ky0, ky1, count, 0, put);
+  if (g.dw == 1 && g.kw == 3 && g.sw == 2) return depthwise_run<3, 2>(rows, 0, cp, w, cp, ky0, ky1, count, 0, put);
+  if (g.dw == 1 && g.kw == 5 && g.sw == 1) return depthwise_run<5, 1>(rows, 0, cp, w, cp, ky0, ky1, count, 0, put);
+  if (g.dw == 1 && g.kw == 5 && g.sw == 2) return depthwise_run<5, 2>(rows, 0, cp, w, cp, ky0, ky1, count, 0, put);
+  for (int64_t p = 0; p < count; ++p) {
+    const float *from[64], *weight[64];
+    int taps = 0;
+    for (int64_t ky = ky0; ky < ky1; ++ky) {
+      for (int64_t kx = 0; kx < g.kw; ++kx) {
+        from[taps] = rows[ky] + (p * g.sw + kx * g.dw) * cp;
+        weight[taps++] = w + (ky * g.kw + kx) * cp;
+      }
+    }
+    depthwise_pixel(taps, from, weight, p, put);
+  }
+}
+
+// Inverted residuals: output rows of column strips, [begin, end) of N * strips * OH. Going down a strip, the expanded rows under
+// the kernel are kept in a ring (row iy in slot iy % (dh * (kh - 1) + 1)) with columns of zeros where the strip leaves the image:
+// each expanded value is computed once, but for the columns that two strips share and the first rows of a range.
+void inverted_rows(const PackedArgs& o, int64_t begin, int64_t end, float* ring, float* middle) {
+  const Geometry& g = o.g;
+  const int64_t strips = (g.ow + o.strip - 1) / o.strip, slots = g.dh * (g.kh - 1) + 1;
+  const int64_t slot = ((o.strip - 1) * g.sw + g.dw * (g.kw - 1) + 1) * o.cp;
+  for (int64_t r = begin; r < end;) {
+    const int64_t oy0 = r % g.oh, n = r / g.oh / strips, ox0 = r / g.oh % strips * o.strip;
+    const int64_t oy1 = oy0 + (end - r) < g.oh ? oy0 + (end - r) : g.oh;
+    const int64_t ox1 = ox0 + o.strip < g.ow ? ox0 + o.strip : g.ow, count = ox1 - ox0;
+    r += oy1 - oy0;
+    const int64_t left = ox0 * g.sw - g.pw, right = left + (count - 1) * g.sw + g.dw * (g.kw - 1) + 1;
+    int64_t x0 = left < 0 ? 0 : left, x1 = right < g.w ? right : g.w;
+    if (x0 > x1) x0 = x1 = left;  // all of it outside
+    for (int64_t s = 0; s < slots; ++s) {
+      float* to = ring + s * slot;
+      for (int64_t i = 0; i < (x0 - left) * o.cp; ++i) to[i] = 0;
+      for (int64_t i = (x1 - left) * o.cp; i < (right - left) * o.cp; ++i) to[i] = 0;
+    }
+    int64_t next = 0;
+    for (int64_t oy = oy0; oy < oy1; ++oy) {
+      const int64_t iy = oy * g.sh - g.ph;
+      const int64_t bottom = iy + slots < g.h ? iy + slots : g.h;
+      next = next > iy ? next : iy;
+      for (; next < bottom; ++next) {
+        with_middle(ring + next % slots * slot + (x0 - left) * o.cp, o.cp, o.expand_shift, o.expand_act, [&](const auto& put) {
+          plain_product(x1 - x0, o.ci, o.x + ((n * g.h + next) * g.w + x0) * o.ci, o.ci, o.expand, o.cp, put);
+        });
+      }
+      const float* rows[64];
+      for (int64_t ky = 0; ky < g.kh; ++ky) {
+        const int64_t y = iy + ky * g.dh;
+        rows[ky] = y >= 0 && y < g.h ? ring + y % slots * slot : nullptr;
+      }
+      with_middle(middle, o.cp, o.dw_shift, o.dw_act,
+                  [&](const auto& put) { depthwise_inside(g, rows, o.dw, o.cp, count, put); });
+      with_put(o.y, o.add, (n * g.oh + oy) * g.ow + ox0, g.k, o.pw_shift, o.act,
+               [&](const auto& put) { plain_product(count, g.c, middle, o.cp, o.pw, o.kp, put); });
+    }
+  }
+}
+
+}  // namespace segfast::SEGFAST_ISA
+#else
+namespace segfast {
+namespace {
+
+Counter conv_counter("packed_conv"), ds_counter("packed_ds_conv"), inverted_counter("packed_inverted_residual");
+
+using Ints = torch::headeronly::IntHeaderOnlyArrayRef;
+enum Kind : int64_t { kDense, kDepthwise, kSeparable, kInverted };
+constexpr int64_t kMagic = 0x3176636b70666773;
+
+struct Header {
+  int64_t magic, kind, bytes, ci, c, k, kh, kw;
+  int64_t expand, expand_shift, dw, dw_shift, pw, pw_shift;  // offsets in bytes
+};
+
+void want_weight(const char* op, const Tensor& w, const Tensor& bias, int64_t per_group) {
+  STD_TORCH_CHECK(w.is_cpu() && bias.is_cpu(), op, ": want tensors on the CPU");
+  STD_TORCH_CHECK(w.scalar_type() == ScalarType::Float && bias.scalar_type() == ScalarType::Float, op, ": want float32 weights");
+  STD_TORCH_CHECK(w.dim() == 4 && w.numel() > 0 && (per_group < 0 || w.size(1) == per_group) && w.size(2) * w.size(3) <= 64, op,
+                  ": want weights (K, C / groups, kh, kw) of at most 64 taps that fit one another");
+  STD_TORCH_CHECK(bias.dim() == 1 && bias.size(0) == w.size(0), op, ": want a bias for every output channel");
+}
+
+// Lays the sections out and fills them.
+class Packer {
+ public:
+  explicit Packer(Header header) : h_(header) { h_.magic = kMagic, h_.bytes = (sizeof(Header) + 63) / 64 * 64; }
+  // Panels of [k, depth] in which d counts (ky, kx, c).
+  void panels(int64_t Header::* where, int64_t Header::* shift, const Tensor& weight, const Tensor& bias) {
+    const Tensor w = torch::stable::contiguous(weight);
+    const int64_t k = w.size(0), c = w.size(1), taps = w.size(2) * w.size(3), kp = padded(k), depth = c * taps;
+    float* to = section(where, kp * depth);
+    for (int64_t col0 = 0; col0 < kp; col0 += 32) {
+      const int64_t width = std::min<int64_t>(32, kp - col0);
+      for (int64_t j = 0; j < width && col0 + j < k; ++j) {
+        const float* from = data<float>(w) + (col0 + j) * depth;
+        for (int64_t t = 0; t < taps; ++t) {
+          for (int64_t i = 0; i < c; ++i) to[col0 * depth + (t * c + i) * width + j] = from[i * taps + t];
+        }
+      }
+    }
+    vector(shift, bias);
+  }
+  void depthwise(const Tensor& weight, const Tensor& bias) {
+    const Tensor w = torch::stable::contiguous(weight);
+    const int64_t c = w.size(0), taps = w.size(2) * w.size(3), cp = padded(c);
+    float* to = section(&Header::dw, taps * cp);
+    for (int64_t i = 0; i < c; ++i) {
+      for (int64_t t = 0; t < taps; ++t) to[t * cp + i] = data<float>(w)[i * taps + t];
+    }
+    vector(&Header::dw_shift, bias);
+  }
+  Tensor finish(const Tensor& like) {
+    const Tensor out = empty({h_.bytes}, ScalarType::Byte, like);
+    auto* to = data<uint8_t>(out);
+    std::fill(to, to + h_.bytes, uint8_t(0));
+    memcpy(to, &h_, sizeof h_);
+    for (const auto& [offset, values] : sections_) memcpy(to + offset, values.data(), values.size() * sizeof(float));
+    return out;
+  }
+
+ private:
+  float* section(int64_t Header::* where, int64_t n) {
+    h_.*where = h_.bytes;
+    h_.bytes += (n * static_cast<int64_t>(sizeof(float)) + 63) / 64 * 64;
+    return sections_.emplace_back(h_.*where, std::vector<float>(n)).second.data();
+  }
+  void vector(int64_t Header::* where, const Tensor& bias) {
+    const Tensor b = torch::stable::contiguous(bias);
+    std::copy(data<float>(b), data<float>(b) + b.size(0), section(where, padded(b.size(0))));
+  }
+  Header h_;
+  std::vector<std::pair<int64_t, std::vector<float> > > sections_;
+};
+
+Tensor pack_conv_cpu(const Tensor& weight, const Tensor& bias, int64_t groups, std::optional<ScalarType> dtype) {
+  want_weight("pack_conv", weight, bias, groups == 1 ? -1 : 1);
+  STD_TORCH_CHECK(groups == 1 || groups == weight.size(0), "pack_conv: want groups 1, or as many as channels in and out");
+  STD_TORCH_CHECK(!dtype || *dtype == ScalarType::Float, "pack_conv: want float32");
+  const bool dense = groups == 1;
+  Packer packer({.kind = dense ? kDense : kDepthwise,
+                 .c = dense ? weight.size(1) : groups,
+                 .k = weight.size(0),
+                 .kh = weight.size(2),
+                 .kw = weight.size(3)});
+  if (dense) {
+    packer.panels(&Header::pw, &Header::pw_shift, weight, bias);
+  } else {
+    packer.depthwise(weight, bias);
+  }
+  return packer.finish(weight);
+}
+
+Tensor pack_ds_conv_cpu(const Tensor& dw_weight, const Tensor& dw_bias, const Tensor& pw_weight, const Tensor& pw_bias) {
+  want_weight("pack_ds_conv", dw_weight, dw_bias, 1);
+  want_weight("pack_ds_conv", pw_weight, pw_bias, dw_weight.size(0));
+  STD_TORCH_CHECK(pw_weight.size(2) == 1 && pw_weight.size(3) == 1, "pack_ds_conv: want pw_weight (K, C, 1, 1)");
+  Packer packer(
+      {.kind = kSeparable, .c = dw_weight.size(0), .k = pw_weight.size(0), .kh = dw_weight.size(2), .kw = dw_weight.size(3)});
+  packer.depthwise(dw_weight, dw_bias);
+  packer.panels(&Header::pw, &Header::pw_shift, pw_weight, pw_bias);
+  return packer.finish(pw_weight);
+}
+
+Tensor pack_inverted_residual_cpu(const Tensor& expand_weight, const Tensor& expand_bias, const Tensor& dw_weight,
+                                  const Tensor& dw_bias, const Tensor& project_weight, const Tensor& project_bias) {
+  const char* op = "pack_inverted_residual";
+  want_weight(op, expand_weight, expand_bias, -1);
+  want_weight(op, dw_weight, dw_bias, 1);
+  want_weight(op, project_weight, project_bias, dw_weight.size(0));
+  STD_TORCH_CHECK(expand_weight.size(0) == dw_weight.size(0) && expand_weight.size(2) == 1 && expand_weight.size(3) == 1 &&
+                      project_weight.size(2) == 1 && project_weight.size(3) == 1,
+                  "pack_inverted_residual: want 1 x 1 weights to and from the channels of dw_weight");
+  Packer packer({.kind = kInverted,
+                 .ci = expand_weight.size(1),
+                 .c = dw_weight.size(0),
+                 .k = project_weight.size(0),
+                 .kh = dw_weight.size(2),
+                 .kw = dw_weight.size(3)});
+  packer.panels(&Header::expand, &Header::expand_shift, expand_weight, expand_bias);
+  packer.depthwise(dw_weight, dw_bias);
+  packer.panels(&Header::pw, &Header::pw_shift, project_weight, project_bias);
+  return packer.finish(expand_weight);
+}
+
+// A checked call: its tensors, and what the kernels get.
+struct Call {
+  Tensor x, y;
+  std::optional<Tensor> add;
+  PackedArgs o{};
+  int64_t kind;
+
+  Call(const char* op, const Tensor& input, const Tensor& packed, Ints stride, Ints padding, Ints dilation,
+       std::initializer_list<int64_t> acts, const std::optional<Tensor>& more)
+      : x(input), y(input) {
+    STD_TORCH_CHECK(input.is_cpu() && input.dim() == 4 && input.scalar_type() == ScalarType::Float, op,
+                    ": want x (N, C, H, W) in float32 on the CPU");
+    STD_TORCH_CHECK(packed.is_cpu() && packed.dim() == 1 && packed.scalar_type() == ScalarType::Byte && packed.is_contiguous() &&
+                        packed.numel() >= static_cast<int64_t>(sizeof(Header)),
+                    op, ": want weights from the op's own pack function");
+    const auto* bytes = data<uint8_t>(packed);
+    Header h;
+    memcpy(&h, bytes, sizeof h);
+    STD_TORCH_CHECK(h.magic == kMagic && h.bytes == packed.numel(), op, ": want weights from the op's own pack function");
+    kind = h.kind;
+    for (const auto& [value, least] : {std::pair{stride, 1}, {padding, 0}, {dilation, 1}}) {
+      STD_TORCH_CHECK(value.size() == 2 && value[0] >= least && value[1] >= least, op,
+                      ": want pairs: stride >= 1, padding >= 0, dilation >= 1");
+    }
+    for (const int64_t act : acts) STD_TORCH_CHECK(act >= kIdentity && act <= kHardswish, op, ": want an activation from 0 to 4");
+    const int64_t channels = h.kind == kInverted ? h.ci : h.c;
+    STD_TORCH_CHECK(input.size(1) == channels, op, ": want as many channels in x as the weights have");
+    o.g = Geometry{input.size(0), h.c,       input.size(2), input.size(3), h.k,        0,           0,          h.kh,
+                   h.kw,          stride[0], stride[1],     padding[0],    padding[1], dilation[0], dilation[1]};
+    Geometry& g = o.g;
+    const int64_t room_h = g.h + 2 * g.ph - g.dh * (g.kh - 1) - 1, room_w = g.w + 2 * g.pw - g.dw * (g.kw - 1) - 1;
+    STD_TORCH_CHECK(room_h >= 0 && room_w >= 0, op, ": want a kernel that fits the padded input");
+    g.oh = room_h / g.sh + 1, g.ow = room_w / g.sw + 1;
+    o.ci = h.ci, o.cp = padded(g.c), o.kp = padded(g.k);
+    const auto at = [&](int64_t offset) { return reinterpret_cast<const float*>(bytes + offset); };
+    o.expand = at(h.expand), o.expand_shift = at(h.expand_shift), o.dw = at(h.dw), o.dw_shift = at(h.dw_shift);
+    o.pw = at(h.pw), o.pw_shift = at(h.pw_shift);
+    x = contiguous_as(input, true);
+    y = empty({g.n, g.k, g.oh, g.ow}, ScalarType::Float, x, true);
+    if (more) {
+      STD_TORCH_CHECK(more->is_cpu() && more->scalar_type() == ScalarType::Float && more->dim() == 4 && more->size(0) == g.n &&
+                          more->size(1) == g.k && more->size(2) == g.oh && more->size(3) == g.ow,
+                      op, ": want add of the shape and dtype of the result");
+      add = contiguous_as(*more, true);
+      o.add = data<float>(*add);
+    }
+    o.x = data<float>(x), o.y = data<float>(y);
+  }
+};
+
+// Pixels a tile: what a tile reads stays in cache.
+int64_t pixels_of(int64_t bytes_a_pixel, int64_t bytes, int64_t most) {
+  return std::clamp<int64_t>(bytes / bytes_a_pixel / 12 * 12, 12, most);
+}
+
+Tensor packed_conv_cpu(const Tensor& x, const Tensor& packed, Ints stride, Ints padding, Ints dilation, int64_t act,
+                       const std::optional<Tensor>& add) {
+  conv_counter.add();
+  Call call("packed_conv", x, packed, stride, padding, dilation, {act}, add);
+  STD_TORCH_CHECK(call.kind == kDense || call.kind == kDepthwise, "packed_conv: want weights from pack_conv");
+  PackedArgs& o = call.o;
+  const Geometry& g = o.g;
+  o.act = act, o.tile = pixels_of(g.c * sizeof(float), 65536, 192);
+  if (call.y.numel() == 0) return call.y;
+  if (call.kind == kDepthwise) {
+    parallel_for(0, g.n * g.oh, 1, [&](int64_t begin, int64_t end) { SEGFAST_CALL(depthwise_rows)(o, begin, end); });
+  } else if (g.kh * g.kw == 1 && g.sh == 1 && g.sw == 1 && g.ph == 0 && g.pw == 0) {
+    const int64_t pixels = g.pixels(), tiles = (pixels + o.tile - 1) / o.tile;
+    parallel_for(0, tiles, 1, [&](int64_t begin, int64_t end) {
+      SEGFAST_CALL(pointwise_tiles)(o, begin * o.tile, std::min(end * o.tile, pixels));
+    });
+  } else {
+    parallel_for(0, g.n * g.oh, 1, [&](int64_t begin, int64_t end) {
+      const Buffer<float> patch(g.kh * g.kw * g.c, false);
+      SEGFAST_CALL(dense_rows)(o, begin, end, patch.p);
+    });
+  }
+  return call.y;
+}
+
+Tensor packed_ds_conv_cpu(const Tensor& x, const Tensor& packed, Ints stride, Ints padding, Ints dilation, int64_t dw_act,
+                          int64_t act, const std::optional<Tensor>& add) {
+  ds_counter.add();
+  Call call("packed_ds_conv", x, packed, stride, padding, dilation, {dw_act, act}, add);
+  STD_TORCH_CHECK(call.kind == kSeparable, "packed_ds_conv: want weights from pack_ds_conv");
+  PackedArgs& o = call.o;
+  o.dw_act = dw_act, o.act = act, o.tile = pixels_of(o.cp * sizeof(float), 49152, 96);
+  if (call.y.numel() == 0) return call.y;
+  const int64_t pixels = o.g.pixels(), tiles = (pixels + o.tile - 1) / o.tile;
+  parallel_for(0, tiles, 1, [&](int64_t begin, int64_t end) {
+    const Buffer<float> buffer(o.tile * o.cp, false);
+    SEGFAST_CALL(separable_tiles)(o, begin * o.tile, std::min(end * o.tile, pixels), buffer.p);
+  });
+  return call.y;
+}
+
+Tensor packed_inverted_residual_cpu(const Tensor& x, const Tensor& packed, Ints stride, Ints padding, Ints dilation,
+                                    int64_t expand_act, int64_t dw_act, int64_t act, const std::optional<Tensor>& add) {
+  inverted_counter.add();
+  Call call("packed_inverted_residual", x, packed, stride, padding, dilation, {expand_act, dw_act, act}, add);
+  STD_TORCH_CHECK(call.kind == kInverted, "packed_inverted_residual: want weights from pack_inverted_residual");
+  PackedArgs& o = call.o;
+  const Geometry& g = o.g;
+  o.expand_act = expand_act, o.dw_act = dw_act, o.act = act;
+  if (call.y.numel() == 0) return call.y;
+  // The ring of a strip takes about half of L2, in strips of equal width.
+  const int64_t slots = g.dh * (g.kh - 1) + 1, fits = 393216 / (slots * g.sw * o.cp * static_cast<int64_t>(sizeof(float)));
+  const int64_t strips = (g.ow + std::max<int64_t>(fits, 12) - 1) / std::max<int64_t>(fits, 12);
+  o.strip = (g.ow + strips - 1) / strips;
+  const int64_t slot = ((o.strip - 1) * g.sw + g.dw * (g.kw - 1) + 1) * o.cp;
+  parallel_for(0, g.n * ((g.ow + o.strip - 1) / o.strip) * g.oh, 1, [&](int64_t begin, int64_t end) {
+    const Buffer<float> ring(slots * slot, false), middle(o.strip * o.cp, false);
+    SEGFAST_CALL(inverted_rows)(o, begin, end, ring.p, middle.p);
+  });
+  return call.y;
+}
+
+}  // namespace
+}  // namespace segfast
+
+STABLE_TORCH_LIBRARY_IMPL(segfast, CPU, m) {
+  m.impl("pack_conv", TORCH_BOX(&segfast::pack_conv_cpu));
+  m.impl("pack_ds_conv", TORCH_BOX(&segfast::pack_ds_conv_cpu));
+  m.impl("pack_inverted_residual", TORCH_BOX(&segfast::pack_inverted_residual_cpu));
+  m.impl("packed_conv", TORCH_BOX(&segfast::packed_conv_cpu));
+  m.impl("packed_ds_conv", TORCH_BOX(&segfast::packed_ds_conv_cpu));
+  m.impl("packed_inverted_residual", TORCH_BOX(&segfast::packed_inverted_residual_cpu));
+}
+#endif

@@ -1,0 +1,24 @@
+"""Private inference ops over weights packed once: schemas and shapes. CPU, channels_last, float32, no gradients.
+
+Importing this module defines `torch.ops.segfast.pack_*` and `packed_*`; activations are the numbers of `ds_conv.ACTIVATIONS`.
+A packed weight is opaque bytes, so the shape of a result is read from the weight's header, which a fake tensor does not have:
+the fakes therefore serve only `pack_*`'s own arguments, and a graph that holds `packed_*` runs as it is.
+"""
+
+from __future__ import annotations
+
+import torch
+
+_GEOMETRY = "SymInt[] stride, SymInt[] padding, SymInt[] dilation"
+_SCHEMAS = {
+    "pack_conv": "(Tensor weight, Tensor bias, int groups, ScalarType? dtype=None) -> Tensor",
+    "pack_ds_conv": "(Tensor dw_weight, Tensor dw_bias, Tensor pw_weight, Tensor pw_bias) -> Tensor",
+    "pack_inverted_residual": "(Tensor expand_weight, Tensor expand_bias, Tensor dw_weight, Tensor dw_bias, "
+    "Tensor project_weight, Tensor project_bias) -> Tensor",
+    "packed_conv": f"(Tensor x, Tensor packed, {_GEOMETRY}, int act, Tensor? add=None) -> Tensor",
+    "packed_ds_conv": f"(Tensor x, Tensor packed, {_GEOMETRY}, int dw_act, int act, Tensor? add=None) -> Tensor",
+    "packed_inverted_residual": f"(Tensor x, Tensor packed, {_GEOMETRY}, int expand_act, int dw_act, int act, "
+    "Tensor? add=None) -> Tensor",
+}
+for _name, _schema in _SCHEMAS.items():
+    torch.library.define(f"segfast::{_name}", _schema)

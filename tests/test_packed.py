@@ -1,0 +1,169 @@
+"""The private ops over packed weights, against compositions of F.conv2d by the error rule."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from harness import judge
+
+from segfast import _backend
+
+pytestmark = pytest.mark.skipif(
+    _backend._C is None or _backend.requested == "reference", reason="no kernels: nothing is packed without them"
+)
+if _backend._C is not None:
+    import segfast.ops._packed  # noqa: F401
+
+ACTS = [lambda x: x, F.relu, F.relu6, F.silu, F.hardswish]
+SETS = _backend._C.cpu_features()["kernel_sets"] if _backend._C is not None else []
+OPS = torch.ops.segfast
+
+# n, channels, expanded channels, channels out, h, w, kernel, stride, padding, dilation
+SHAPES = [
+    (1, 16, 48, 24, 13, 17, 3, 1, 1, 1),
+    (2, 3, 7, 5, 9, 31, 3, 2, 1, 1),
+    (1, 24, 144, 33, 15, 40, 5, 2, 2, 1),
+    (2, 8, 20, 19, 11, 12, 5, 1, 2, 1),
+    (1, 17, 40, 65, 14, 19, 3, 1, 2, 2),
+    (1, 4, 18, 1, 6, 5, 1, 1, 0, 1),
+    (1, 5, 33, 16, 10, 9, 3, 3, 0, 1),
+    (1, 64, 384, 64, 6, 130, 3, 2, 1, 1),
+    (1, 6, 9, 10, 3, 2, 3, 1, 3, 1),
+    (0, 6, 9, 10, 5, 5, 3, 1, 1, 1),
+]
+
+
+@pytest.fixture(params=SETS)
+def kernel_set(request):
+    _backend._C.set_kernel_set(request.param)
+    yield request.param
+    _backend._C.set_kernel_set("auto")
+
+
+def last(x: torch.Tensor) -> torch.Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def weight(k: int, c: int, size: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.randn(k, c, size, size) / (c * size * size) ** 0.5, torch.randn(k)
+
+
+def conv(x, w, b, act=0, add=None, **options):
+    y = F.conv2d(x, w, b, **options)
+    return last(ACTS[act](y if add is None else y + add))
+
+
+def check(title: str, kernel, reference, x, weights, options, acts, added: bool) -> None:
+    """One call within the error rule, and its bits the same on one and on two threads."""
+    torch.manual_seed(1)
+    add = last(torch.randn_like(reference((x, None, *weights)))) if added else None
+    call = (x, add, *weights)
+    y = kernel(x, add)
+    judge(title, ["outputs[0]"], [y], lambda call: [reference(call)], call, x.dtype)
+    threads = torch.get_num_threads()
+    try:
+        for number in (1, 2):
+            torch.set_num_threads(number)
+            assert torch.equal(kernel(x, add), y)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("kind", ["dense", "depthwise", "pointwise", "separable", "inverted"])
+def test_against_conv2d(kernel_set, kind, shape):
+    n, c, e, k, h, w, size, stride, padding, dilation = shape
+    torch.manual_seed(0)
+    index = SHAPES.index(shape)
+    acts = [(index + i) % 5 for i in (0, 1, 2)]
+    added = index % 2 == 0
+    pair = lambda v: [v, v]  # noqa: E731
+    geometry = {"stride": stride, "padding": padding, "dilation": dilation}
+    pairs = [pair(stride), pair(padding), pair(dilation)]
+    x = last(torch.randn(n, c, h, w))
+    if kind == "dense":
+        weights = weight(k, c, size)
+        packed = OPS.pack_conv(*weights, 1)
+        kernel = lambda x, add: OPS.packed_conv(x, packed, *pairs, acts[0], add)  # noqa: E731
+        reference = lambda call: conv(call[0], call[2], call[3], acts[0], call[1], **geometry)  # noqa: E731
+    elif kind == "pointwise":
+        weights = weight(k, c)
+        packed = OPS.pack_conv(*weights, 1)
+        kernel = lambda x, add: OPS.packed_conv(x, packed, [1, 1], [0, 0], [1, 1], acts[0], add)  # noqa: E731
+        reference = lambda call: conv(call[0], call[2], call[3], acts[0], call[1])  # noqa: E731
+    elif kind == "depthwise":
+        weights = weight(c, 1, size)
+        packed = OPS.pack_conv(*weights, c)
+        kernel = lambda x, add: OPS.packed_conv(x, packed, *pairs, acts[0], add)  # noqa: E731
+        reference = lambda call: conv(call[0], call[2], call[3], acts[0], call[1], groups=c, **geometry)  # noqa: E731
+    elif kind == "separable":
+        weights = (*weight(c, 1, size), *weight(k, c))
+        packed = OPS.pack_ds_conv(*weights)
+        kernel = lambda x, add: OPS.packed_ds_conv(x, packed, *pairs, acts[1], acts[0], add)  # noqa: E731
+
+        def reference(call):
+            x, add, dw, dw_b, pw, pw_b = call
+            return conv(conv(x, dw, dw_b, acts[1], groups=c, **geometry), pw, pw_b, acts[0], add)
+
+    else:
+        weights = (*weight(e, c), *weight(e, 1, size), *weight(k, e))
+        packed = OPS.pack_inverted_residual(*weights)
+        kernel = lambda x, add: OPS.packed_inverted_residual(x, packed, *pairs, acts[2], acts[1], acts[0], add)  # noqa: E731
+
+        def reference(call):
+            x, add, ex, ex_b, dw, dw_b, pw, pw_b = call
+            x = conv(conv(x, ex, ex_b, acts[2]), dw, dw_b, acts[1], groups=e, **geometry)
+            return conv(x, pw, pw_b, acts[0], add)
+
+    check(f"{kind} {shape}", kernel, reference, x, weights, geometry, acts, added)
+
+
+def test_weights_packed_under_one_kernel_set_run_under_another():
+    torch.manual_seed(0)
+    w, b = weight(40, 24, 3)
+    x = last(torch.randn(1, 24, 9, 21))
+    try:
+        for packing in SETS:
+            _backend._C.set_kernel_set(packing)
+            packed = OPS.pack_conv(w, b, 1)
+            for running in SETS:
+                _backend._C.set_kernel_set(running)
+                y = OPS.packed_conv(x, packed, [1, 1], [1, 1], [1, 1], 1)
+                judge(f"{packing} {running}", ["outputs[0]"], [y], lambda c: [conv(*c, act=1, padding=1)], (x, w, b), x.dtype)
+    finally:
+        _backend._C.set_kernel_set("auto")
+
+
+def test_nan_stays():
+    packed = OPS.pack_conv(*weight(16, 16), 1)
+    x = last(torch.full((1, 16, 2, 2), float("nan")))
+    for act in range(5):
+        assert OPS.packed_conv(x, packed, [1, 1], [0, 0], [1, 1], act).isnan().all()
+
+
+def test_wrong_arguments_raise():
+    packed = OPS.pack_conv(*weight(8, 4, 3), 1)
+    x = last(torch.randn(1, 4, 5, 5))
+    ones, zeros = [1, 1], [0, 0]
+    assert OPS.packed_conv(x, packed, ones, zeros, ones, 0).shape == (1, 8, 3, 3)
+    wrong = [
+        ("channels", lambda: OPS.packed_conv(x[:, :3], packed, ones, zeros, ones, 0)),
+        ("float32", lambda: OPS.packed_conv(x.double(), packed, ones, zeros, ones, 0)),
+        ("pairs", lambda: OPS.packed_conv(x, packed, [0, 1], zeros, ones, 0)),
+        ("pairs", lambda: OPS.packed_conv(x, packed, [1], zeros, ones, 0)),
+        ("activation", lambda: OPS.packed_conv(x, packed, ones, zeros, ones, 5)),
+        ("fits", lambda: OPS.packed_conv(x, packed, ones, zeros, [3, 3], 0)),
+        ("add", lambda: OPS.packed_conv(x, packed, ones, zeros, ones, 0, x)),
+        ("pack function", lambda: OPS.packed_conv(x, packed[:-1], ones, zeros, ones, 0)),
+        ("pack function", lambda: OPS.packed_conv(x, torch.zeros_like(packed), ones, zeros, ones, 0)),
+        ("pack_ds_conv", lambda: OPS.packed_ds_conv(x, packed, ones, zeros, ones, 0, 0)),
+        ("pack_inverted_residual", lambda: OPS.packed_inverted_residual(x, packed, ones, zeros, ones, 0, 0, 0)),
+        ("bias", lambda: OPS.pack_conv(torch.randn(8, 4, 3, 3), torch.randn(4), 1)),
+        ("groups", lambda: OPS.pack_conv(torch.randn(8, 1, 3, 3), torch.randn(8), 2)),
+        ("taps", lambda: OPS.pack_conv(torch.randn(8, 4, 9, 9), torch.randn(8), 1)),
+        ("fit", lambda: OPS.pack_ds_conv(*weight(4, 1, 3), *weight(8, 5))),
+    ]
+    for message, call in wrong:
+        with pytest.raises(RuntimeError, match=message):
+            call()
