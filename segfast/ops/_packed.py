@@ -1,8 +1,8 @@
 """Private inference ops over weights packed once: schemas and shapes. CPU, channels_last, float32, no gradients.
 
 Importing this module defines `torch.ops.segfast.pack_*` and `packed_*`; activations are the numbers of `ds_conv.ACTIVATIONS`.
-A packed weight is opaque bytes, so the shape of a result is read from the weight's header, which a fake tensor does not have:
-the fakes therefore serve only `pack_*`'s own arguments, and a graph that holds `packed_*` runs as it is.
+A packed weight is opaque bytes, from which no fake tensor can tell the number of output channels: there are no fakes, and the
+operations are to be called on real tensors only, never inside a graph that is traced.
 """
 
 from __future__ import annotations
