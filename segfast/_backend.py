@@ -58,9 +58,9 @@ def triton_launcher(op: str, schema: str):
     return launch
 
 
-def has_compiled(op: str) -> bool:
-    """Whether a private op, a piece of others, has its CUDA kernel. To be asked once, at import."""
-    return requested == "auto" and torch._C._dispatch_has_kernel_for_dispatch_key(f"segfast::{op}", "CUDA")
+def has_compiled(op: str, device: str = "CUDA") -> bool:
+    """Whether a private op, a piece of others, has its compiled kernel. To be asked once, at import."""
+    return requested == "auto" and torch._C._dispatch_has_kernel_for_dispatch_key(f"segfast::{op}", device)
 
 
 def has_kernel(op: str, *tensors: Tensor) -> bool:

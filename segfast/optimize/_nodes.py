@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+import segfast.ops._packed  # noqa: F401  defines the packed operations
 from segfast import _backend
 from segfast.optimize._capture import Graph, Op
 from segfast.optimize._patterns import (
@@ -36,11 +37,17 @@ ONEDNN = {
 
 # Who runs what, where several can, the first of them that is there; by what was measured faster (docs/optimize.md).
 PREFER = {
-    "conv": ("onednn", "aten"),
-    "pointwise": ("onednn", "aten"),
+    "conv": ("packed_conv", "onednn", "aten"),
+    "pointwise": ("packed_conv", "onednn", "aten"),
     "depthwise": ("onednn", "aten"),
     "ds_conv": ("packed_ds_conv", "ds_conv", "parts"),
     "inverted_residual": ("packed_inverted_residual", "ds_conv", "parts"),
+}
+# packed_conv is faster than oneDNN for the first convolution, of few channels, and for 1x1 ones of enough outputs; oneDNN's 3x3
+# is up to a tenth faster from 64 channels on. A kernel has at most 64 taps.
+PACKED_CONV = {
+    "conv": lambda weight: weight.shape[1] <= 8 and weight.shape[2] * weight.shape[3] <= 64,
+    "pointwise": lambda weight: weight.shape[0] >= 24,
 }
 # Multiply-adds of the pointwise half above which ds_conv, which packs its weights at every call, is faster than two oneDNN
 # convolutions. In bfloat16 it computes in float32 and is not.
@@ -97,8 +104,11 @@ def named(graph: Graph, step: Convolution, *more) -> tuple | None:
     return None if None in names else (*names, *more)
 
 
+PACKED = {op for op in ("packed_conv", "packed_ds_conv", "packed_inverted_residual") if _backend.has_compiled(op, "CPU")}
+
+
 def has(op: str) -> bool:
-    return "cpu" in _backend.table.get(op, {})
+    return op in PACKED or "cpu" in _backend.table.get(op, {})
 
 
 def onednn(dtype: torch.dtype) -> bool:
@@ -128,9 +138,10 @@ class Builder:
         self.owned.add(step.output)
         kind = "depthwise" if step.depthwise else "pointwise" if step.pointwise else "conv"
         native = step.output.dtype == self.weights.dtype and 0 not in step.output.shape
-        dense = not step.transposed and (step.groups == 1 or step.depthwise)
+        fits = native and self.weights.dtype == torch.float32 and step.act.code is not None
+        fits = fits and step.groups == 1 and not step.transposed and kind in PACKED_CONV
         for who in PREFER[kind]:
-            if who == "packed_conv" and native and dense and step.act.code is not None and has(who):
+            if who == "packed_conv" and fits and has(who) and PACKED_CONV[kind](step.weight):
                 return self.packed(step, [step], torch.ops.segfast.pack_conv.default, torch.ops.segfast.packed_conv.default)
             if who == "onednn" and native and self.onednn and step.act.name in ONEDNN:
                 return self.onednn_convolution(step)
@@ -234,7 +245,9 @@ class Builder:
         self.owned.add(step.output)
         native = step.output.dtype == self.weights.dtype and 0 not in step.output.shape
         for who in PREFER[step.kind]:
-            if who.startswith("packed_") and native and has(who):
+            fits = native and self.weights.dtype == torch.float32 and all(part.act.code is not None for part in step.parts)
+            fits = fits and all(part.weight.shape[2] * part.weight.shape[3] <= 64 for part in step.parts)
+            if who.startswith("packed_") and fits and has(who):
                 pack = getattr(torch.ops.segfast, who.replace("packed_", "pack_")).default
                 return self.packed(step, step.parts, pack, getattr(torch.ops.segfast, who).default)
             if who == "ds_conv" and has(who) and self.large(step):
