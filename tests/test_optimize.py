@@ -138,7 +138,13 @@ def golden(name: str, optimized) -> None:
     assert optimized.explain().counts() == expected[name], "if the change is meant, write it into tests/optimize.json"
 
 
-@pytest.mark.parametrize("name", segfast.list_models())
+def drawn(ci: int) -> list[str]:
+    """Networks of the zoo, others with every commit; all under full effort."""
+    names = segfast.list_models()
+    return random.Random(seed_of_commit()).sample(names, count(ci, len(names)))
+
+
+@pytest.mark.parametrize("name", drawn(10))
 def test_zoo(name):
     golden(name, check(zoo(name), torch.randn(1, 3, 64, 96)))
 
@@ -150,9 +156,7 @@ def test_networks_of_others(name):
     golden(name, check(model, torch.randn(1, 3, 96, 128)))
 
 
-@pytest.mark.parametrize(
-    "name", random.Random(seed_of_commit()).sample(segfast.list_models(), count(3, len(segfast.list_models())))
-)
+@pytest.mark.parametrize("name", drawn(3))
 def test_zoo_in_bfloat16(name):
     check(zoo(name), torch.randn(1, 3, 64, 96), dtype=torch.bfloat16)
 
