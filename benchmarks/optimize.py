@@ -17,9 +17,9 @@ import torch
 from torch import nn
 
 import segfast
+from segfast.engine import checkpoint
 from segfast.engine.catalogue import table
 from segfast.engine.race import INCLUDED, NOTE, PEERS, race
-from segfast.engine.report import replace
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "docs" / "results" / "optimize.json"
@@ -163,11 +163,10 @@ def main() -> None:
         print(*ROWS, sep="\n")
     for name in ROWS if "all" in arguments.row else arguments.row:
         result = measure(name, arguments.seconds)
-        RESULTS.parent.mkdir(parents=True, exist_ok=True)
-        replace(RESULTS, json.dumps(stored() | {name: result}, indent=1) + "\n")
+        checkpoint.write(RESULTS, json.dumps(stored() | {name: result}, indent=1) + "\n")
         print({way: t["median"] for way, t in result["milliseconds"].items()}, ratio(ROWS[name], result), flush=True)
     if arguments.docs or arguments.row:
-        replace(PAGE, text(stored()))
+        checkpoint.write(PAGE, text(stored()))
 
 
 if __name__ == "__main__":

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
+from pathlib import Path
 
 import pytest
 import torch
 from measure import figure, require_close, require_right
 from torch import Tensor, nn
 
+from segfast.engine.race import make_onnxruntime, make_openvino
 from segfast.nn import DSConv
 
 INFERENCE = [(32, 48, 256, 512, 2), (48, 64, 128, 256, 2), (64, 64, 128, 256, 1), (128, 128, 64, 128, 1), (384, 64, 64, 128, 1)]
@@ -49,7 +50,7 @@ def test_ds_conv_inference(benchmark, shape, dtype, tmp_path):
     nchw = copy.deepcopy(module.conv).to(memory_format=torch.contiguous_format)
     peers = {"eager": no_grad(nchw, x), "eager, channels_last": plain}
     if dtype == torch.float32:
-        peers |= inductor(module.conv, last) | runtimes(module.conv, x, tmp_path / "block.onnx")
+        peers |= inductor(module.conv, last) | runtimes(module.conv, x, tmp_path)
     for label, peer in peers.items():
         require_close(label, peer(), plain())
     figure(benchmark, ours, peers)
@@ -63,30 +64,11 @@ def inductor(conv: nn.Module, x: Tensor) -> dict:
     return {"Inductor, frozen, channels_last": call}
 
 
-def runtimes(conv: nn.Module, x: Tensor, path) -> dict:
-    have = {
-        package: importlib.util.find_spec(package) is not None for package in ("onnx", "onnxscript", "onnxruntime", "openvino")
-    }
-    if not (have["onnx"] and have["onnxscript"]):
-        return {}
-    torch.onnx.export(conv, (x,), str(path), dynamo=True, verbose=False)
-    threads, array, calls = torch.get_num_threads(), x.numpy(), {}
-    if have["onnxruntime"]:
-        import onnxruntime
-
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads, options.log_severity_level = threads, 3
-        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        feed = {session.get_inputs()[0].name: array}
-        calls["ONNX Runtime"] = lambda: torch.from_numpy(session.run(None, feed)[0])
-    if have["openvino"]:
-        import openvino
-
-        core = openvino.Core()
-        options = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads}
-        compiled = core.compile_model(core.read_model(str(path)), "CPU", options)
-        calls["OpenVINO"] = lambda: torch.from_numpy(compiled([array], share_inputs=True, share_outputs=True)[0])
-    return calls
+def runtimes(module: nn.Module, x: Tensor, folder: Path) -> dict:
+    """ONNX Runtime and OpenVINO, where they are installed."""
+    makers = {"ONNX Runtime": make_onnxruntime, "OpenVINO": make_openvino}
+    calls = {label: make(module, x, torch.float32, folder) for label, make in makers.items()}
+    return {label: call for label, call in calls.items() if not isinstance(call, str)}
 
 
 def step(module: nn.Module, x: Tensor, upstream: Tensor):

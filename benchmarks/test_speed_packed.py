@@ -77,7 +77,7 @@ def test_packed_conv(benchmark, shape, tmp_path):
     x, conv = image(c, h, w), nn.Conv2d(c, k, size, stride, size // 2)
     packed = OPS.pack_conv(*parameters(conv), 1)
     ours = lambda x: OPS.packed_conv(x, packed, [stride] * 2, [size // 2] * 2, [1, 1], 1)  # noqa: E731
-    compare(benchmark, nn.Sequential(conv, nn.ReLU()), x, ours, tmp_path / "conv.onnx")
+    compare(benchmark, nn.Sequential(conv, nn.ReLU()), x, ours, tmp_path)
 
 
 @pytest.mark.parametrize("shape", SEPARABLE, ids=name)
@@ -86,7 +86,7 @@ def test_packed_ds_conv(benchmark, shape, tmp_path):
     x, dw, pw = image(c, h, w), nn.Conv2d(c, c, 3, stride, 1, groups=c), nn.Conv2d(c, k, 1)
     packed = OPS.pack_ds_conv(*parameters(dw, pw))
     ours = lambda x: OPS.packed_ds_conv(x, packed, [stride] * 2, [1, 1], [1, 1], 1, 1)  # noqa: E731
-    compare(benchmark, nn.Sequential(dw, nn.ReLU(), pw, nn.ReLU()), x, ours, tmp_path / "block.onnx")
+    compare(benchmark, nn.Sequential(dw, nn.ReLU(), pw, nn.ReLU()), x, ours, tmp_path)
 
 
 @pytest.mark.parametrize("shape", INVERTED, ids=name)
@@ -95,4 +95,4 @@ def test_packed_inverted_residual(benchmark, shape, tmp_path):
     x, expand, dw, project = image(c, h, w), nn.Conv2d(c, e, 1), nn.Conv2d(e, e, 3, stride, 1, groups=e), nn.Conv2d(e, k, 1)
     packed = OPS.pack_inverted_residual(*parameters(expand, dw, project))
     ours = lambda x: OPS.packed_inverted_residual(x, packed, [stride] * 2, [1, 1], [1, 1], 1, 1, 0)  # noqa: E731
-    compare(benchmark, nn.Sequential(expand, nn.ReLU(), dw, nn.ReLU(), project), x, ours, tmp_path / "residual.onnx")
+    compare(benchmark, nn.Sequential(expand, nn.ReLU(), dw, nn.ReLU(), project), x, ours, tmp_path)

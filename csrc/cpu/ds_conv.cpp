@@ -587,11 +587,6 @@ Buffer<A> depthwise_weight(const Tensor& weight, const Geometry& g, const A* sca
   return out;
 }
 
-// Pixels a tile: the buffers of one tile stay in L2, and most of them in L1.
-int64_t tile_pixels(int64_t bytes_a_pixel, int64_t bytes = 49152, int64_t most = 96) {
-  return std::clamp<int64_t>(bytes / bytes_a_pixel / 12 * 12, 12, most);
-}
-
 // Reductions over `work` pixels go in chunks, each a multiple of `step`, at most kChunks of about 512 or more: their number does
 // not depend on the threads.
 struct Chunks {

@@ -9,6 +9,11 @@ struct Geometry {
   int64_t pixels() const { return n * oh * ow; }
 };
 
+// Pixels a tile: the buffers of one tile stay in L2, and most of them in L1.
+inline int64_t tile_pixels(int64_t bytes_a_pixel, int64_t bytes = 49152, int64_t most = 96) {
+  return std::clamp<int64_t>(bytes / bytes_a_pixel / 12 * 12, 12, most);
+}
+
 enum Act : int64_t { kIdentity, kRelu, kRelu6, kSilu, kHardswish };
 
 }  // namespace segfast

@@ -461,11 +461,6 @@ struct Call {
   }
 };
 
-// Pixels a tile: what a tile reads stays in cache.
-int64_t pixels_of(int64_t bytes_a_pixel, int64_t bytes, int64_t most) {
-  return std::clamp<int64_t>(bytes / bytes_a_pixel / 12 * 12, 12, most);
-}
-
 Tensor packed_conv_cpu(const Tensor& x, const Tensor& packed, Ints stride, Ints padding, Ints dilation, int64_t act,
                        const std::optional<Tensor>& add) {
   conv_counter.add();
@@ -473,7 +468,7 @@ Tensor packed_conv_cpu(const Tensor& x, const Tensor& packed, Ints stride, Ints 
   STD_TORCH_CHECK(call.kind == kDense || call.kind == kDepthwise, "packed_conv: want weights from pack_conv");
   PackedArgs& o = call.o;
   const Geometry& g = o.g;
-  o.act = act, o.tile = pixels_of(g.c * sizeof(float), 65536, 192);
+  o.act = act, o.tile = tile_pixels(g.c * sizeof(float), 65536, 192);
   if (call.y.numel() == 0) return call.y;
   if (call.kind == kDepthwise) {
     parallel_for(0, g.n * g.oh, 1, [&](int64_t begin, int64_t end) { SEGFAST_CALL(depthwise_rows)(o, begin, end); });
@@ -497,7 +492,7 @@ Tensor packed_ds_conv_cpu(const Tensor& x, const Tensor& packed, Ints stride, In
   Call call("packed_ds_conv", x, packed, stride, padding, dilation, {dw_act, act}, add);
   STD_TORCH_CHECK(call.kind == kSeparable, "packed_ds_conv: want weights from pack_ds_conv");
   PackedArgs& o = call.o;
-  o.dw_act = dw_act, o.act = act, o.tile = pixels_of(o.cp * sizeof(float), 49152, 96);
+  o.dw_act = dw_act, o.act = act, o.tile = tile_pixels(o.cp * sizeof(float));
   if (call.y.numel() == 0) return call.y;
   const int64_t pixels = o.g.pixels(), tiles = (pixels + o.tile - 1) / o.tile;
   parallel_for(0, tiles, 1, [&](int64_t begin, int64_t end) {

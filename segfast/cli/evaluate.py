@@ -44,10 +44,11 @@ def build(
     fast: bool = False,
 ):
     """(images in [0, 1] to probabilities or, by `segfast.optimize`, classes; what the weights say of their network; device)."""
+    scales = scale or [1.0]
     if weights.suffix in SUFFIXES:
         artefact = load(weights)
         if not artefact.about["head"]:
-            return Inference(artefact, scale or [1.0], flip, window, overlap), artefact.network(), torch.device("cpu")
+            return Inference(artefact, scales, flip, window, overlap), artefact.network(), torch.device("cpu")
         if scale or flip or window:
             raise ValueError(f"{weights} gives classes: want one exported with --no-head for --scale, --flip and --window")
         return artefact, artefact.network(), torch.device("cpu")
@@ -55,11 +56,11 @@ def build(
     place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     model = model.to(place, memory_format=torch.channels_last)
     prepare = preprocess(model)
-    plain = (scale or [1.0]) == [1.0] and not flip and window is None
+    plain = scales == [1.0] and not flip and window is None
     if fast and plain:
         infer = optimize(ToClasses(model.eval(), cast=False), class_dtype=torch.uint8 if network.num_classes <= 256 else None)
     else:
-        infer = Inference(optimize(model.eval()) if fast else model, scale or [1.0], flip, window, overlap)
+        infer = Inference(optimize(model.eval()) if fast else model, scales, flip, window, overlap)
 
     def run(images):
         return infer(prepare(images.to(place)).contiguous(memory_format=torch.channels_last))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import shlex
 import statistics
 import sys
@@ -99,15 +98,15 @@ def quantize(
         if quantized is not None:
             scores["int8"] = score(quantized)
             times["int8"] = milliseconds(q.lower(quantized), calibration[0][None], runs)
-            with tempfile.TemporaryDirectory() as folder:
-                sizes["int8"] = os.path.getsize(deploy.save_quantized(quantized, Path(folder) / "a.safetensors"))
             if out.suffix == ".onnx":
+                with tempfile.TemporaryDirectory() as folder:
+                    sizes["int8"] = deploy.save_quantized(quantized, Path(folder) / "a.safetensors").stat().st_size
                 done = deploy.quantize_onnx(quantized, out, miou=scores["int8"], made=made)
                 reporter.say(f"{out}: {done.agreement:.2%} of the pixels as PyTorch's int8; {done.bytes / 1e6:.2f} MB")
                 if done.refused:
                     reporter.say(f"TensorRT's parser does not take: {', '.join(done.refused)}")
             else:
-                deploy.save_quantized(quantized, out, scores["int8"])
+                sizes["int8"] = deploy.save_quantized(quantized, out, scores["int8"]).stat().st_size
         elif mode == "weights":
             rounded = q.weights_only(model)
             scores["int8 weights"], times["int8 weights"] = score(rounded), times["float"]

@@ -77,18 +77,28 @@ def load(path: str | Path) -> Artefact:
     raise ValueError(f"{path}: want a file that ends in {' or '.join(SUFFIXES)}")
 
 
+class Session:
+    """An ONNX model, a path or its bytes, as a function of a tensor: ONNX Runtime on the CPU, with PyTorch's threads."""
+
+    def __init__(self, model: str | bytes, what: str):
+        runtime = need("onnxruntime", what)
+        options = runtime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        options.log_severity_level = 4  # what is wrong comes as an exception
+        self.session = runtime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        self.name = self.session.get_inputs()[0].name
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return torch.from_numpy(self.session.run(None, {self.name: x.numpy()})[0])
+
+
 def _onnx(path: Path) -> Artefact:
-    runtime = need("onnxruntime", f"load {path}")
-    options = runtime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    options.log_severity_level = 3
+    need("onnxruntime", f"load {path}")
     try:
-        session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        run = Session(str(path), f"load {path}")
     except Exception as error:  # ONNX Runtime's errors have no class in common but this
         raise ValueError(f"{path} is no whole ONNX file, or one that ONNX Runtime cannot run: {error}") from error
-    about = _about(path, session.get_modelmeta().custom_metadata_map.get("segfast"))
-    name = session.get_inputs()[0].name
-    return Artefact(path, about, lambda x: torch.from_numpy(session.run(None, {name: x.numpy()})[0]))
+    return Artefact(path, _about(path, run.session.get_modelmeta().custom_metadata_map.get("segfast")), run)
 
 
 def _pt2(path: Path) -> Artefact:

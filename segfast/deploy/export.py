@@ -21,9 +21,11 @@ from torch import Tensor, nn
 from segfast import ops
 from segfast._version import __version__
 from segfast.deploy._packages import need
+from segfast.deploy.artefact import Session
 from segfast.engine import checkpoint
 
 OPSET = 20
+ONNX = ("onnx", "onnxscript", "onnxruntime")
 TOLERANCE = 1e-4  # of float logits, relative to the largest
 AGREEMENT = 0.999  # of the pixels of class maps
 
@@ -195,36 +197,47 @@ def export_onnx(
         ImportError: the extra `segfast[deploy]` is missing.
     """
     path = _target(path, ".onnx")
-    onnx = need("onnx", "export_onnx")
-    need("onnxscript", "export_onnx")
-    runtime = need("onnxruntime", "export_onnx")
+    for package in ONNX:
+        need(package, "export_onnx")
     if opset < 18:
         raise ValueError(f"export_onnx: want opset 18 or later, got {opset}")
     program = _program(model, size, dynamic, head, "export_onnx")
-    with _quiet():
-        try:
-            written = torch.onnx.export(
-                program, dynamo=True, verbose=False, opset_version=opset, input_names=["images"],
-                output_names=["classes" if head else "logits"],
-            )  # fmt: skip
-        except torch.onnx.OnnxExporterError as error:
-            raise ValueError(_untranslated(program, error)) from error
-        proto = written.model_proto
-    unstripped = proto.ByteSize()
-    strip(proto)
     about = describe(model, None if dynamic else size, head, network, miou, made)
-    onnx.helper.set_model_props(proto, {"segfast": json.dumps(about)})
-    content = proto.SerializeToString()
-    options = runtime.SessionOptions()
-    options.log_severity_level = 4
-    session = runtime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
-    name = session.get_inputs()[0].name
-    error, agreement = check(
-        model, lambda x: torch.from_numpy(session.run(None, {name: x.numpy()})[0]), size, dynamic, head, "export_onnx"
-    )
-    checkpoint.write(path, content)
-    counts = operators(proto)
-    return Exported(path, len(content), unstripped, error, agreement, counts, tuple(sorted(set(counts) - TENSORRT)))
+    try:
+        translated = Translated(program, opset, about)
+    except torch.onnx.OnnxExporterError as error:
+        raise ValueError(_untranslated(program, error)) from error
+    error, agreement = check(model, Session(translated.content, "export_onnx"), size, dynamic, head, "export_onnx")
+    return translated.write(path, error, agreement)
+
+
+class Translated:
+    """A program as the bytes of an ONNX model, stripped, with its metadata.
+
+    Args:
+        program: what torch.export gave, of one input.
+        opset: of ONNX.
+        about: the metadata; its "head" says what the output is.
+    """
+
+    def __init__(self, program, opset: int, about: Mapping):
+        import onnx
+
+        with _quiet():
+            proto = torch.onnx.export(
+                program, dynamo=True, verbose=False, opset_version=opset, input_names=["images"],
+                output_names=["classes" if about["head"] else "logits"],
+            ).model_proto  # fmt: skip
+        self.unstripped = proto.ByteSize()
+        strip(proto)
+        onnx.helper.set_model_props(proto, {"segfast": json.dumps(about)})
+        self.content, self.operators = proto.SerializeToString(), operators(proto)
+
+    def write(self, path: Path, error: float | None, agreement: float | None) -> Exported:
+        """The file, once it has been checked."""
+        checkpoint.write(path, self.content)
+        refused = tuple(sorted(set(self.operators) - TENSORRT))
+        return Exported(path, len(self.content), self.unstripped, error, agreement, self.operators, refused)
 
 
 def export_program(

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -21,11 +20,11 @@ from torch.nn.utils import parametrize
 from segfast import ops
 from segfast.deploy import export
 from segfast.deploy._packages import need
+from segfast.deploy.artefact import Session
 from segfast.distill import create_method
 from segfast.engine import checkpoint
-from segfast.engine.run import Network
+from segfast.engine.run import Features, Network
 from segfast.engine.train import poly, train
-from segfast.models import Output
 from segfast.nn import resize
 
 OBSERVERS = ("mse", "percentile", "min-max")
@@ -360,26 +359,10 @@ def quantize_aware(
     with rounded(student, limits):
         optimizer = torch.optim.AdamW([*student.parameters(), *learner.parameters()], lr=learning_rate)
         # BatchNorm keeps its statistics: rounding shifts no mean by much, and small batches would.
-        train(Frozen(student), loader, lambda _, x, labels: learner(x, labels), optimizer, steps, poly(), progress)
+        train(
+            Features(student, freeze_bn=True), loader, lambda _, x, labels: learner(x, labels), optimizer, steps, poly(), progress
+        )
     return quantize(student.eval(), images, observer=observer, keep=keep, network=network)
-
-
-class Frozen(nn.Module):
-    """A network whose BatchNorms stay in evaluation mode."""
-
-    def __init__(self, network: nn.Module):
-        super().__init__()
-        self.network = network
-
-    def forward(self, images: Tensor) -> Output:
-        return self.network.forward_features(images)
-
-    def train(self, mode: bool = True) -> Frozen:
-        super().train(mode)
-        for module in self.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                module.eval()
-        return self
 
 
 def save_quantized(quantized: Quantized, path: str | Path, miou: float | None = None) -> Path:
@@ -444,36 +427,22 @@ def quantize_onnx(
         ValueError, ImportError: as `segfast.deploy.export_onnx`.
     """
     path = Path(path)
-    onnx = need("onnx", "quantize_onnx")
-    need("onnxscript", "quantize_onnx")
-    runtime = need("onnxruntime", "quantize_onnx")
+    for package in export.ONNX:
+        need(package, "quantize_onnx")
     size = tuple(quantized.about["size"])
     whole = Classes(quantized, head)
     images = torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(0))
     with export._quiet(), torch.no_grad():
         program = torch.export.export(whole, (images,))
-        proto = torch.onnx.export(
-            program, dynamo=True, verbose=False, opset_version=opset, input_names=["images"],
-            output_names=["classes" if head else "logits"],
-        ).model_proto  # fmt: skip
-    unstripped = proto.ByteSize()
-    export.strip(proto)
-    about = {**quantized.about, "head": head, "miou": miou, "made": made}
-    onnx.helper.set_model_props(proto, {"segfast": json.dumps(about)})
-    content = proto.SerializeToString()
-    session = runtime.InferenceSession(content, providers=["CPUExecutionProvider"])
-    got = torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
-    with torch.no_grad():
+        translated = export.Translated(program, opset, {**quantized.about, "head": head, "miou": miou, "made": made})
         want = whole(images)
+    got = Session(translated.content, "quantize_onnx")(images)
     agreement = float(((got if head else got.argmax(1)) == (want if head else want.argmax(1))).float().mean())
     if agreement < 0.99:
         raise ValueError(
             f"quantize_onnx: want 99 % of the pixels as PyTorch's int8 has them, got {agreement:.2%}; nothing written"
         )
-    checkpoint.write(path, content)
-    counts = export.operators(proto)
-    refused = tuple(sorted(set(counts) - export.TENSORRT))
-    return export.Exported(path, len(content), unstripped, None, agreement, counts, refused)
+    return translated.write(path, None, agreement)
 
 
 def lower(quantized: Quantized) -> Callable[[Tensor], Tensor]:

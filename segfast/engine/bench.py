@@ -18,8 +18,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from segfast import _backend
+from segfast.engine import checkpoint
 from segfast.engine.environment import environment
-from segfast.engine.report import replace
 from segfast.models import create_model
 
 INCLUDED = (
@@ -223,5 +223,6 @@ def write(path: Path, measurements: Sequence[Measurement]) -> None:
             raise ValueError(f"bench: {path} holds measurements of {there}, not of {here}: write to another file")
     rows.update({(m.name, *m.size): asdict(m) for m in measurements})
     ordered = [rows[key] for key in sorted(rows)]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    replace(path, json.dumps({"included": INCLUDED, "ways": WAYS_NOTE, "environment": here, "rows": ordered}, indent=1) + "\n")
+    checkpoint.write(
+        path, json.dumps({"included": INCLUDED, "ways": WAYS_NOTE, "environment": here, "rows": ordered}, indent=1) + "\n"
+    )

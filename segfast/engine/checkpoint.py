@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,37 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-
-def write(path: str | Path, content: bytes | str) -> Path:
-    """Write a file under a temporary name, flush it to the disk, and rename it: `path` holds the old content or the new.
-
-    Raises:
-        OSError: naming `path`; the disk is full, for instance. The old content is still there.
-    """
-    path = Path(path)
-    content = content.encode() if isinstance(content, str) else content
-    temporary = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)  # the rename too outlives a power cut
-        finally:
-            os.close(folder)
-    except BaseException as error:
-        if temporary:
-            Path(temporary).unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise OSError(error.errno, f"cannot write {path}: {error.strerror or error}") from error
-        raise
-    return path
+from segfast._files import write
 
 
 def save(path: str | Path, tensors: Mapping[str, Tensor], about: Mapping) -> Path:

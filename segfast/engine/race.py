@@ -15,9 +15,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from segfast.engine import checkpoint
 from segfast.engine.bench import Times, references, summary
 from segfast.engine.environment import environment
-from segfast.engine.report import STYLE, replace, table
+from segfast.engine.report import STYLE, table
 from segfast.optimize import optimize
 
 PEERS = ("eager", "channels_last", "inductor", "onnxruntime", "openvino")
@@ -290,10 +291,9 @@ MAKE = {
 
 def write(folder: Path, races: Sequence[Race]) -> list[Path]:
     """`bench.json` and `bench.html`, each whole or not at all."""
-    folder.mkdir(parents=True, exist_ok=True)
     rows = [asdict(r) | {"best": r.best, "ratio": r.ratio} for r in races]
     text = json.dumps({"included": INCLUDED, "ways": NOTE, "races": rows}, indent=1) + "\n"
-    return [replace(folder / "bench.json", text), replace(folder / "bench.html", html(races))]
+    return [checkpoint.write(folder / "bench.json", text), checkpoint.write(folder / "bench.html", html(races))]
 
 
 def html(races: Sequence[Race]) -> str:

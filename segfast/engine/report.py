@@ -5,8 +5,6 @@ from __future__ import annotations
 import base64
 import io
 import json
-import os
-import tempfile
 from html import escape
 from pathlib import Path
 
@@ -15,6 +13,7 @@ import torch
 from PIL import Image
 
 from segfast.data.images import colour
+from segfast.engine import checkpoint
 
 COLOURS = {"teacher": "#1b6ca8", "student, distilled": "#2a9d4e", "student, alone": "#d1672b"}
 STYLE = """
@@ -37,23 +36,7 @@ def write(metrics: dict, folder: Path) -> list[Path]:
     panel = metrics["panel"]
     plain = {name: value for name, value in metrics.items() if name != "panel"}
     texts = {"metrics.json": json.dumps(plain, indent=1, allow_nan=False) + "\n", "report.html": html(plain, panel)}
-    folder.mkdir(parents=True, exist_ok=True)
-    return [replace(folder / name, text) for name, text in texts.items()]
-
-
-def replace(path: Path, text: str) -> Path:
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    return path
+    return [checkpoint.write(folder / name, text) for name, text in texts.items()]
 
 
 def verdict(metrics: dict) -> str:

@@ -10,6 +10,7 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError
 
+from segfast._files import write
 from segfast._version import __version__
 from segfast.models._registry import NETWORKS, create_model
 
@@ -30,7 +31,6 @@ def save_pretrained(model, folder: str | Path, *, network: dict | None = None, m
         "network": network, "preprocessing": dataclasses.asdict(model.preprocessing), "miou": miou, "segfast": __version__,
     }  # fmt: skip
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: x.detach().to("cpu").contiguous().clone() for name, x in model.state_dict().items()}
     # The weights come last: a folder with weights is whole.
     for name, content in (
@@ -38,12 +38,7 @@ def save_pretrained(model, folder: str | Path, *, network: dict | None = None, m
         (CARD, card(config).encode()),
         (WEIGHTS, safetensors.torch.save(tensors, {"format": "pt"})),
     ):
-        part = folder / f".{name}.part"
-        try:
-            part.write_bytes(content)
-            part.replace(folder / name)
-        finally:
-            part.unlink(missing_ok=True)
+        write(folder / name, content)
     return folder
 
 

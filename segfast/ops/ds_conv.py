@@ -14,7 +14,7 @@ from segfast import _backend
 ACTIVATIONS = {None: 0, "relu": 1, "relu6": 2, "silu": 3, "hardswish": 4}
 _APPLY = {"relu": F.relu, "relu6": F.relu6, "silu": F.silu, "hardswish": F.hardswish}
 _NAMES = ("weight", "bias", "norm's running_mean", "norm's running_var", "norm's weight", "norm's bias")
-_MAX_TAPS = 64  # the kernels' limit; a larger depthwise kernel runs on the reference
+MAX_TAPS = 64  # the kernels' limit; a larger depthwise kernel runs on the reference
 
 
 class BatchNorm(NamedTuple):
@@ -267,7 +267,7 @@ def ds_conv(
     padding = _same(dw_weight, dilation) if padding is None else _pair(padding)
     _check(x, dw_weight, pw_weight, dw_bias, pw_bias, dw_bn, pw_bn, stride, padding, dilation, dw_act, act, training)
     tensors = [t for t in (x, dw_weight, pw_weight, dw_bias, pw_bias, *(dw_bn or ())[:4], *(pw_bn or ())[:4]) if t is not None]
-    if not _backend.has_kernel("ds_conv", *tensors) or dw_weight.shape[2] * dw_weight.shape[3] > _MAX_TAPS:
+    if not _backend.has_kernel("ds_conv", *tensors) or dw_weight.shape[2] * dw_weight.shape[3] > MAX_TAPS:
         return ds_conv_reference(
             *(x, dw_weight, pw_weight), dw_bias=dw_bias, pw_bias=pw_bias, dw_bn=dw_bn, pw_bn=pw_bn, stride=stride,
             padding=padding, dilation=dilation, dw_act=dw_act, act=act, training=training,

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim, export
 from torch.export.graph_signature import InputKind
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_map
 
 from segfast import _backend
 
@@ -391,7 +391,3 @@ def drop_unused(graph: Graph) -> None:
     for output in graph.outputs:
         if isinstance(output, Op):
             output.users.append(None)
-
-
-def unflatten(graph: Graph, values: list):
-    return tree_unflatten(values, graph.structure)

@@ -229,8 +229,7 @@ class OptimizedModel(nn.Module):
         tensors = [v for v in flat if isinstance(v, Tensor)]
         if not all(type(v) in PLAIN for v in tensors):
             return self.model(*args, **kwargs)
-        name = key(flat), structure
-        program = self._programs.get(name) or self._prepare(name, args, kwargs, flat)
+        program = self._ready(flat, structure)
         with torch.no_grad(), torch.autocast("cpu", enabled=False) if torch.is_autocast_enabled("cpu") else NOTHING:
             if isinstance(program, str):
                 args, kwargs = tree_unflatten(self._cast(flat), structure)
@@ -246,14 +245,13 @@ class OptimizedModel(nn.Module):
         """
         if args or kwargs:
             flat, structure = tree_flatten((args, kwargs))
-            name = key(flat), structure
-            program = self._programs.get(name) or self._prepare(name, args, kwargs, flat)
+            values, program = key(flat), self._ready(flat, structure)
         else:
             with self._lock:
                 if not self._programs:
                     raise RuntimeError("optimize: want a call or an example before explain(), got none")
-                name, program = next(reversed(self._programs.items()))
-        sizes = tuple(v[0] for v in name[0] if isinstance(v[0], tuple))
+                (values, _), program = next(reversed(self._programs.items()))
+        sizes = tuple(v[0] for v in values if isinstance(v[0], tuple))
         return Explanation([], sizes, program) if isinstance(program, str) else Explanation(program.lines(), sizes)
 
     def profile(self, *args, runs: int = 5, **kwargs) -> list[tuple[Step, str, float]]:
@@ -262,12 +260,12 @@ class OptimizedModel(nn.Module):
         Raises:
             RuntimeError: the network runs as it was, without steps.
         """
-        explanation = self.explain(*args, **kwargs)
-        if explanation.reason:
-            raise RuntimeError(f"optimize: want a network in steps for profile(), got one that {explanation}")
         flat, structure = tree_flatten((args, kwargs))
+        program = self._ready(flat, structure)
+        if isinstance(program, str):
+            raise RuntimeError(f"optimize: want a network in steps for profile(), got one that runs as it was: {program}")
         with torch.no_grad():
-            return self._programs[key(flat), structure].profile(self._cast(flat), runs)
+            return program.profile(self._cast(flat), runs)
 
     def _cast(self, flat: list) -> list:
         if self._twin is None:
@@ -278,12 +276,17 @@ class OptimizedModel(nn.Module):
         wanted = self.class_dtype is not None and isinstance(value, Tensor) and value.dtype == torch.int64
         return value.to(self.class_dtype) if wanted else value
 
-    def _prepare(self, name: tuple, args: tuple, kwargs: dict, flat: list) -> Program | str:
+    def _ready(self, flat: list, structure) -> Program | str:
+        """What runs these inputs: a program, or why there is none."""
+        name = key(flat), structure
+        program = self._programs.get(name)
+        if program is not None:
+            return program
         with self._lock:
             program = self._programs.get(name)
             if program is None:
                 try:
-                    program = self._program(args, kwargs)
+                    program = self._program(flat, structure)
                 except NotCaptured as reason:
                     program = str(reason)
                 self._programs[name] = program
@@ -291,7 +294,7 @@ class OptimizedModel(nn.Module):
                     self._programs.popitem(last=False)
             return program
 
-    def _program(self, args: tuple, kwargs: dict) -> Program:
+    def _program(self, flat: list, structure) -> Program:
         if self._weights is None:
             tensors = [*self.model.named_parameters(remove_duplicate=False), *self.model.named_buffers(remove_duplicate=False)]
             kinds = {t.dtype for _, t in tensors if t.is_floating_point()} or {torch.float32}
@@ -299,7 +302,6 @@ class OptimizedModel(nn.Module):
                 self._twin = copy.deepcopy(self.model).to(self.dtype)
             self._weights = Weights(dict(tensors), self.dtype)
         keep_pages()
-        flat, structure = tree_flatten((args, kwargs))
         flat = [v.detach() if isinstance(v, Tensor) else v for v in self._cast(flat)]
         places = {v.device.type for v in [*flat, *self._weights.originals.values()] if isinstance(v, Tensor)}
         if places != {"cpu"}:

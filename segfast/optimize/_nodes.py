@@ -9,6 +9,7 @@ from torch import Tensor
 
 import segfast.ops._packed  # noqa: F401  defines the packed operations
 from segfast import _backend
+from segfast.ops.ds_conv import MAX_TAPS
 from segfast.optimize._capture import Graph, Op
 from segfast.optimize._patterns import (
     IDENTITY,
@@ -44,10 +45,10 @@ PREFER = {
     "inverted_residual": ("packed_inverted_residual", "ds_conv", "parts"),
 }
 # packed_conv is faster than oneDNN for the first convolution, of few channels, and for 1x1 ones of enough outputs; oneDNN's 3x3
-# is up to a tenth faster from 64 channels on. A kernel has at most 64 taps.
+# is up to a tenth faster from 64 channels on.
 PACKED_CONV = {
-    "conv": lambda weight: weight.shape[1] <= 8 and weight.shape[2] * weight.shape[3] <= 64,
-    "pointwise": lambda weight: weight.shape[0] >= 24,
+    "conv": lambda step: step.weight.shape[1] <= 8 and step.taps <= MAX_TAPS,
+    "pointwise": lambda step: step.weight.shape[0] >= 24,
 }
 # Multiply-adds of the pointwise half above which ds_conv, which packs its weights at every call, is faster than two oneDNN
 # convolutions. In bfloat16 it computes in float32 and is not.
@@ -132,16 +133,23 @@ class Builder:
     def overwritable(self, x: Op, step: Step) -> bool:
         return x in self.owned and len(x.users) == 1 and step.inputs.count(x) == 1
 
+    def native(self, step: Step) -> bool:
+        """Whether the result has elements, in the dtype of the packed weights."""
+        return step.output.dtype == self.weights.dtype and 0 not in step.output.shape
+
+    def packable(self, step: Step) -> bool:
+        """Whether the dtype is that of the kernels over packed weights."""
+        return self.native(step) and self.weights.dtype == torch.float32
+
     # -- convolutions
 
     def convolution(self, step: Convolution) -> tuple[str, Run, list[Op]]:
         self.owned.add(step.output)
         kind = "depthwise" if step.depthwise else "pointwise" if step.pointwise else "conv"
-        native = step.output.dtype == self.weights.dtype and 0 not in step.output.shape
-        fits = native and self.weights.dtype == torch.float32 and step.act.code is not None
-        fits = fits and step.groups == 1 and not step.transposed and kind in PACKED_CONV
+        native = self.native(step)
+        dense = step.groups == 1 and not step.transposed and step.act.code is not None
         for who in PREFER[kind]:
-            if who == "packed_conv" and fits and has(who) and PACKED_CONV[kind](step.weight):
+            if who == "packed_conv" and dense and self.packable(step) and has(who) and PACKED_CONV[kind](step):
                 return self.packed(step, [step], torch.ops.segfast.pack_conv.default, torch.ops.segfast.packed_conv.default)
             if who == "onednn" and native and self.onednn and step.act.name in ONEDNN:
                 return self.onednn_convolution(step)
@@ -243,11 +251,8 @@ class Builder:
 
     def block(self, step: Block) -> tuple[str, Run, list[Op]]:
         self.owned.add(step.output)
-        native = step.output.dtype == self.weights.dtype and 0 not in step.output.shape
         for who in PREFER[step.kind]:
-            fits = native and self.weights.dtype == torch.float32 and all(part.act.code is not None for part in step.parts)
-            fits = fits and all(part.weight.shape[2] * part.weight.shape[3] <= 64 for part in step.parts)
-            if who.startswith("packed_") and fits and has(who):
+            if who.startswith("packed_") and self.packable(step) and has(who):
                 pack = getattr(torch.ops.segfast, who.replace("packed_", "pack_")).default
                 return self.packed(step, step.parts, pack, getattr(torch.ops.segfast, who).default)
             if who == "ds_conv" and has(who) and self.large(step):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from segfast.ops.ds_conv import MAX_TAPS
 from segfast.optimize._capture import Graph, Op, operands
 
 Pair = tuple[int, int]
@@ -81,6 +82,10 @@ class Convolution(Step):
         return plain and self.stride == (1, 1) and self.padding == (0, 0)
 
     @property
+    def taps(self) -> int:
+        return self.weight.shape[2] * self.weight.shape[3]
+
+    @property
     def tensors(self) -> list[Op]:
         """The constants that it is made of."""
         norms = [t for norm in self.norms for t in norm[:4]]
@@ -117,11 +122,9 @@ class Resize(Step):
 
 
 @dataclass(eq=False)
-class Head(Step):
+class Head(Resize):
     """Bilinear interpolation and the best class of every pixel."""
 
-    size: Pair
-    align_corners: bool
     kind = "upsample_argmax"
 
 
@@ -318,8 +321,8 @@ def extend(step: Convolution, free: Free) -> None:
 
 
 def separable(step: Step, taken: dict[Op, Step]) -> Block | None:
-    """A depthwise convolution and the pointwise one that alone reads it."""
-    if not isinstance(step, Convolution) or not step.depthwise or step.added or step.act.code is None:
+    """A depthwise convolution, not too large for the kernels, and the pointwise one that alone reads it."""
+    if not isinstance(step, Convolution) or not step.depthwise or step.added or step.act.code is None or step.taps > MAX_TAPS:
         return None
     after = sole_reader(step, taken)
     if not isinstance(after, Convolution) or not after.pointwise or after.inputs[0] is not step.output or after.act.code is None:
