@@ -44,17 +44,21 @@ struct Counter {
 };
 
 // Kernel sets, weakest first. `isa()` is the best that the processor has unless a test forced a weaker one.
-enum class Isa : int { portable = 0, avx2 = 1, avx512 = 2 };
+// avx512bf16 (with AVX512-VNNI) is avx512 but for the kernels that call SEGFAST_CALL_LOW.
+enum class Isa : int { portable = 0, avx2 = 1, avx512 = 2, avx512bf16 = 3 };
 Isa isa();
 
 // Calls `kernel` of the chosen set: SEGFAST_CALL(shuffle<float>)(args...). The sets are namespaces made by cpu/each_isa.h.
 #if defined(__x86_64__) && defined(__GNUC__)
 #define SEGFAST_CALL(...)                     \
-  (::segfast::isa() == ::segfast::Isa::avx512 \
+  (::segfast::isa() >= ::segfast::Isa::avx512 \
        ? ::segfast::avx512::__VA_ARGS__       \
        : (::segfast::isa() == ::segfast::Isa::avx2 ? ::segfast::avx2::__VA_ARGS__ : ::segfast::portable::__VA_ARGS__))
+#define SEGFAST_CALL_LOW(...) \
+  (::segfast::isa() == ::segfast::Isa::avx512bf16 ? ::segfast::avx512bf16::__VA_ARGS__ : SEGFAST_CALL(__VA_ARGS__))
 #else
 #define SEGFAST_CALL(...) (::segfast::portable::__VA_ARGS__)
+#define SEGFAST_CALL_LOW(...) SEGFAST_CALL(__VA_ARGS__)
 #endif
 
 // f(T{}) for the float dtype of a tensor.

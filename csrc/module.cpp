@@ -17,7 +17,7 @@ namespace py = pybind11;
 namespace segfast {
 namespace {
 
-constexpr const char* kNames[] = {"portable", "avx2", "avx512"};
+constexpr const char* kNames[] = {"portable", "avx2", "avx512", "avx512bf16"};
 
 Isa detect() {
 #if defined(__x86_64__) && defined(__GNUC__)
@@ -25,7 +25,7 @@ Isa detect() {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512vl")) {
-    return Isa::avx512;
+    return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni") ? Isa::avx512bf16 : Isa::avx512;
   }
   if (avx2) return Isa::avx2;
 #endif

@@ -46,7 +46,9 @@ def last(x: torch.Tensor) -> torch.Tensor:
 
 
 def weight(k: int, c: int, size: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.randn(k, c, size, size) / (c * size * size) ** 0.5, torch.randn(k)
+    """Values that bfloat16 has too."""
+    w, b = torch.randn(k, c, size, size) / (c * size * size) ** 0.5, torch.randn(k)
+    return w.bfloat16().float(), b.bfloat16().float()
 
 
 def conv(x, w, b, act=0, add=None, **options):
@@ -54,7 +56,10 @@ def conv(x, w, b, act=0, add=None, **options):
     return last(ACTS[act](y if add is None else y + add))
 
 
-def check(title: str, kernel, reference, x, weights, options, acts, added: bool) -> None:
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+def check(title: str, kernel, reference, x, weights, added: bool) -> None:
     """One call within the error rule, and its bits the same on one and on two threads."""
     torch.manual_seed(1)
     add = last(torch.randn_like(reference((x, None, *weights)))) if added else None
@@ -72,7 +77,8 @@ def check(title: str, kernel, reference, x, weights, options, acts, added: bool)
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("kind", ["dense", "depthwise", "pointwise", "separable", "inverted"])
-def test_against_conv2d(kernel_set, kind, shape):
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_against_conv2d(kernel_set, dtype, kind, shape):
     n, c, e, k, h, w, size, stride, padding, dilation = shape
     torch.manual_seed(0)
     index = SHAPES.index(shape)
@@ -81,25 +87,25 @@ def test_against_conv2d(kernel_set, kind, shape):
     pair = lambda v: [v, v]  # noqa: E731
     geometry = {"stride": stride, "padding": padding, "dilation": dilation}
     pairs = [pair(stride), pair(padding), pair(dilation)]
-    x = last(torch.randn(n, c, h, w))
+    x = last(torch.randn(n, c, h, w)).to(dtype)
     if kind == "dense":
         weights = weight(k, c, size)
-        packed = OPS.pack_conv(*weights, 1)
+        packed = OPS.pack_conv(*weights, 1, dtype)
         kernel = lambda x, add: OPS.packed_conv(x, packed, *pairs, acts[0], add)  # noqa: E731
         reference = lambda call: conv(call[0], call[2], call[3], acts[0], call[1], **geometry)  # noqa: E731
     elif kind == "pointwise":
         weights = weight(k, c)
-        packed = OPS.pack_conv(*weights, 1)
+        packed = OPS.pack_conv(*weights, 1, dtype)
         kernel = lambda x, add: OPS.packed_conv(x, packed, [1, 1], [0, 0], [1, 1], acts[0], add)  # noqa: E731
         reference = lambda call: conv(call[0], call[2], call[3], acts[0], call[1])  # noqa: E731
     elif kind == "depthwise":
         weights = weight(c, 1, size)
-        packed = OPS.pack_conv(*weights, c)
+        packed = OPS.pack_conv(*weights, c, dtype)
         kernel = lambda x, add: OPS.packed_conv(x, packed, *pairs, acts[0], add)  # noqa: E731
         reference = lambda call: conv(call[0], call[2], call[3], acts[0], call[1], groups=c, **geometry)  # noqa: E731
     elif kind == "separable":
         weights = (*weight(c, 1, size), *weight(k, c))
-        packed = OPS.pack_ds_conv(*weights)
+        packed = OPS.pack_ds_conv(*weights, dtype)
         kernel = lambda x, add: OPS.packed_ds_conv(x, packed, *pairs, acts[1], acts[0], add)  # noqa: E731
 
         def reference(call):
@@ -108,7 +114,7 @@ def test_against_conv2d(kernel_set, kind, shape):
 
     else:
         weights = (*weight(e, c), *weight(e, 1, size), *weight(k, e))
-        packed = OPS.pack_inverted_residual(*weights)
+        packed = OPS.pack_inverted_residual(*weights, dtype)
         kernel = lambda x, add: OPS.packed_inverted_residual(x, packed, *pairs, acts[2], acts[1], acts[0], add)  # noqa: E731
 
         def reference(call):
@@ -116,30 +122,47 @@ def test_against_conv2d(kernel_set, kind, shape):
             x = conv(conv(x, ex, ex_b, acts[2]), dw, dw_b, acts[1], groups=e, **geometry)
             return conv(x, pw, pw_b, acts[0], add)
 
-    check(f"{kind} {shape}", kernel, reference, x, weights, geometry, acts, added)
+    check(f"{kind} {shape} {dtype}", kernel, reference, x, [w.to(dtype) for w in weights], added)
 
 
-def test_weights_packed_under_one_kernel_set_run_under_another():
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_weights_packed_under_one_kernel_set_run_under_another(dtype):
     torch.manual_seed(0)
     w, b = weight(40, 24, 3)
-    x = last(torch.randn(1, 24, 9, 21))
+    x = last(torch.randn(1, 24, 9, 21)).to(dtype)
+    low = [t.to(dtype) for t in (w, b)]
     try:
         for packing in SETS:
             _backend._C.set_kernel_set(packing)
-            packed = OPS.pack_conv(w, b, 1)
+            packed = OPS.pack_conv(w, b, 1, dtype)
             for running in SETS:
                 _backend._C.set_kernel_set(running)
                 y = OPS.packed_conv(x, packed, [1, 1], [1, 1], [1, 1], 1)
-                judge(f"{packing} {running}", ["outputs[0]"], [y], lambda c: [conv(*c, act=1, padding=1)], (x, w, b), x.dtype)
+                judge(f"{packing} {running}", ["outputs[0]"], [y], lambda c: [conv(*c, act=1, padding=1)], (x, *low), x.dtype)
     finally:
         _backend._C.set_kernel_set("auto")
 
 
-def test_nan_stays():
-    packed = OPS.pack_conv(*weight(16, 16), 1)
-    x = last(torch.full((1, 16, 2, 2), float("nan")))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_nan_stays(kernel_set, dtype):
+    packed = OPS.pack_conv(*weight(16, 16), 1, dtype)
+    x = last(torch.full((1, 16, 2, 2), float("nan"))).to(dtype)
     for act in range(5):
         assert OPS.packed_conv(x, packed, [1, 1], [0, 0], [1, 1], act).isnan().all()
+
+
+def test_odd_channels_take_nothing_from_the_next_pixel(kernel_set):
+    """A word of two bfloat16 must not reach past a pixel's last channel: zero times what lies there may be NaN."""
+    x = last(torch.randn(1, 3, 6, 40)).bfloat16()
+    x[:, :, :, 20] = float("nan")
+    ones, zeros = [1, 1], [0, 0]
+    whole = torch.arange(40) != 20
+    dense = OPS.packed_conv(x, OPS.pack_conv(*weight(8, 3), 1, x.dtype), ones, zeros, ones, 0)
+    separable = OPS.packed_ds_conv(x, OPS.pack_ds_conv(*weight(3, 1), *weight(8, 3), x.dtype), ones, zeros, ones, 0, 0)
+    packed = OPS.pack_inverted_residual(*weight(5, 3), *weight(5, 1), *weight(8, 5), x.dtype)
+    inverted = OPS.packed_inverted_residual(x, packed, ones, zeros, ones, 0, 0, 0)
+    for y in (dense, separable, inverted):
+        assert torch.equal(y.isnan().any(1)[0, 0], ~whole)
 
 
 def test_wrong_arguments_raise():
@@ -149,6 +172,8 @@ def test_wrong_arguments_raise():
     assert OPS.packed_conv(x, packed, ones, zeros, ones, 0).shape == (1, 8, 3, 3)
     wrong = [
         ("channels", lambda: OPS.packed_conv(x[:, :3], packed, ones, zeros, ones, 0)),
+        ("dtype of x", lambda: OPS.packed_conv(x.bfloat16(), packed, ones, zeros, ones, 0)),
+        ("float32 or bfloat16", lambda: OPS.pack_conv(*weight(8, 4, 3), 1, torch.float16)),
         ("float32", lambda: OPS.packed_conv(x.double(), packed, ones, zeros, ones, 0)),
         ("pairs", lambda: OPS.packed_conv(x, packed, [0, 1], zeros, ones, 0)),
         ("pairs", lambda: OPS.packed_conv(x, packed, [1], zeros, ones, 0)),

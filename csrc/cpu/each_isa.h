@@ -8,6 +8,9 @@
 //   launchers: SEGFAST_CALL(kernel<T>)(...) picks the set at run time
 //   #endif
 //
+// With SEGFAST_LOW defined before, a fourth time for the processors with dot products of bfloat16 and int8, whose macro
+// SEGFAST_DOT is then 1; its launchers call SEGFAST_CALL_LOW.
+//
 // Kernels call nothing from the standard library's templates: such an instantiation would be shared between the sets.
 #ifndef SEGFAST_KERNELS
 #include <cmath>
@@ -18,6 +21,7 @@
 #include "../common.h"
 
 #define SEGFAST_KERNELS
+#define SEGFAST_DOT 0
 #define SEGFAST_ISA portable
 #define SEGFAST_BYTES 16
 #include "vec.h"
@@ -58,6 +62,29 @@
 #else
 #pragma GCC pop_options
 #endif
+#ifdef SEGFAST_LOW
+#ifdef __clang__
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx512vnni"))), \
+                             apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx512vnni")
 #endif
+#define SEGFAST_ISA avx512bf16
+#define SEGFAST_BYTES 64
+#undef SEGFAST_DOT
+#define SEGFAST_DOT 1
+#include "vec.h"
+#include SEGFAST_FILE
+#undef SEGFAST_ISA
+#undef SEGFAST_BYTES
+#ifdef __clang__
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#endif
+#endif
+#undef SEGFAST_DOT
 #undef SEGFAST_KERNELS
 #endif

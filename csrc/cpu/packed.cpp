@@ -1,12 +1,16 @@
-// Inference over weights packed once, channels_last, float32: dense and depthwise convolution, the depthwise-separable block and
-// the inverted residual, each with its activations and a tensor added before the last one.
+// Inference over weights packed once, channels_last, float32 or bfloat16: dense and depthwise convolution, the
+// depthwise-separable block and the inverted residual, each with its activations and a tensor added before the last one. Sums,
+// biases and depthwise weights are float32; in bfloat16 the maps between the convolutions of a block are, and the weights of the
+// products.
 //
 // A packed weight is an opaque byte tensor: Header, then sections at multiples of 64 bytes. Panels are 32 columns wide (the last
-// may be 16) whatever the kernel set, so that what one set packed another can run.
+// may be 16) whatever the kernel set, so that what one set packed another can run. Their elements are words of 4 bytes: a float,
+// or two bfloat16 that follow one another in depth, the last with a zero after an odd depth.
 //
 // Every output element is one sum in one order, whatever tile or thread it falls to: results are bitwise the same on any number
 // of threads.
 #define SEGFAST_FILE "packed.cpp"
+#define SEGFAST_LOW
 #include "each_isa.h"
 #include "fused_conv.h"
 
@@ -15,15 +19,28 @@
 namespace segfast {
 
 // Geometry::c is what the depthwise (or dense) convolution reads, `ci` what the expansion reads.
+template <class T>
 struct PackedArgs {
   Geometry g;
-  int64_t ci, cp, kp;    // cp, kp: c and k padded
-  int64_t strip, tile;   // output columns a strip, pixels a tile
-  const float *x, *add;  // add may be null
-  float* y;
-  const float *expand, *expand_shift, *dw, *dw_shift, *pw, *pw_shift;
+  int64_t ci, cp, kp;   // cp, kp: c and k padded
+  int64_t strip, tile;  // output columns a strip, pixels a tile
+  const T *x, *add;     // add may be null
+  T* y;
+  const float *expand, *expand_shift, *dw, *dw_shift, *pw, *pw_shift;  // expand and pw: words
   int64_t expand_act, dw_act, act;
 };
+
+template <class T>
+constexpr int64_t kPerWord = 4 / sizeof(T);
+template <class T>
+constexpr int64_t words(int64_t n) {
+  return (n + kPerWord<T> - 1) / kPerWord<T>;
+}
+// Elements between the rows of gathered taps: one run too many of at most 16 may be written.
+template <class T>
+constexpr int64_t patch_row(int64_t total) {
+  return (total + 31) / 16 * 16;
+}
 
 }  // namespace segfast
 #endif
@@ -32,10 +49,12 @@ struct PackedArgs {
 namespace segfast::SEGFAST_ISA {
 
 // to = act(value + shift + more): Put with a tensor of the same layout added.
+template <class T>
 struct PutAdd {
-  float* to;
+  T* to;
   int64_t ld, cols;
-  const float *shift, *more;
+  const float* shift;
+  const T* more;
   int64_t act;
   SEGFAST_INLINE void operator()(int64_t i, int64_t col, Vec<float> v) const {
     store(to + i * ld + col, activate<float>(v + load(shift + col) + load(more + i * ld + col), act));
@@ -49,42 +68,98 @@ struct PutAdd {
 };
 
 // f(put) for the rows from `offset` on of the result: the kind of epilogue is chosen once a tile.
-template <class F>
-SEGFAST_INLINE void with_put(float* to, const float* add, int64_t offset, int64_t k, const float* shift, int64_t act, F f) {
-  if (add) return f(PutAdd{to + offset * k, k, k, shift, add + offset * k, act});
-  if (is_clamp(act)) return f(Put<float, float, true>{to + offset * k, k, k, shift, act});
-  f(Put<float, float, false>{to + offset * k, k, k, shift, act});
+template <class T, class F>
+SEGFAST_INLINE void with_put(T* to, const T* add, int64_t offset, int64_t k, const float* shift, int64_t act, F f) {
+  if (add) return f(PutAdd<T>{to + offset * k, k, k, shift, add + offset * k, act});
+  if (is_clamp(act)) return f(Put<T, float, true>{to + offset * k, k, k, shift, act});
+  f(Put<T, float, false>{to + offset * k, k, k, shift, act});
 }
-template <class F>
-SEGFAST_INLINE void with_middle(float* to, int64_t cp, const float* shift, int64_t act, F f) {
-  if (is_clamp(act)) return f(Put<float, float, true>{to, cp, cp, shift, act});
-  f(Put<float, float, false>{to, cp, cp, shift, act});
+template <class T, class F>
+SEGFAST_INLINE void with_middle(T* to, int64_t cp, const float* shift, int64_t act, F f) {
+  if (is_clamp(act)) return f(Put<T, float, true>{to, cp, cp, shift, act});
+  f(Put<T, float, false>{to, cp, cp, shift, act});
 }
 
-// Where the rows of a product's left side come from: `parts` runs of `depth` values each, a row's run p at a[p]; the panel's
-// rows for it from b[p] on.
+// One step of a product: a word of a row, broadcast, times a vector of words of a panel.
+template <class T>
+struct Dot;
+template <>
+struct Dot<float> {
+  using Left = float;
+  using Right = Vec<float>;
+  static SEGFAST_INLINE Left left(const float* p) { return *p; }
+  static SEGFAST_INLINE Right right(const float* p) { return load(p); }
+  static SEGFAST_INLINE Vec<float> add(Vec<float> sum, Left a, Right b) { return sum + b * a; }
+};
+#if SEGFAST_DOT
+template <>
+struct Dot<BFloat16> {
+  using Left = __m512bh;
+  using Right = __m512bh;
+  static SEGFAST_INLINE Left left(const BFloat16* p) {
+    int word;
+    memcpy(&word, p, sizeof word);
+    return (__m512bh)_mm512_set1_epi32(word);
+  }
+  static SEGFAST_INLINE Right right(const float* p) { return (__m512bh)_mm512_loadu_ps(p); }
+  static SEGFAST_INLINE Vec<float> add(Vec<float> sum, Left a, Right b) {
+    return (Vec<float>)_mm512_dpbf16_ps((__m512)sum, a, b);
+  }
+};
+#else
+template <>
+struct Dot<BFloat16> {
+  struct Left {
+    float low, high;
+  };
+  struct Right {
+    Vec<float> low, high;
+  };
+  static SEGFAST_INLINE Left left(const BFloat16* p) { return {widen(p[0]), widen(p[1])}; }
+#ifdef __GNUC__
+  static SEGFAST_INLINE Right right(const float* p) {
+    const U32 bits = (U32)load(p);
+    return {(Vec<float>)(bits << 16), (Vec<float>)(bits & 0xffff0000u)};
+  }
+#else
+  static SEGFAST_INLINE Right right(const float* p) {
+    BFloat16 two[2];
+    memcpy(two, p, sizeof two);
+    return {widen(two[0]), widen(two[1])};
+  }
+#endif
+  static SEGFAST_INLINE Vec<float> add(Vec<float> sum, Left a, Right b) { return sum + b.low * a.low + b.high * a.high; }
+};
+#endif
+
+// Rows whose sums stay in registers; two vectors of a panel are two registers more where words are taken apart.
+template <class T>
+constexpr int kDotRows = SEGFAST_BYTES == 64 ? 12 : (sizeof(T) == 4 ? 6 : 4);
+
+// Where the rows of a product's left side come from: `parts` runs of `depth` words each, a row's run p at a[p] (in elements);
+// the panel's rows for it from b[p] on.
 struct Runs {
   int64_t parts, depth;
   const int64_t *a, *b;
 };
 
-template <int M, int V, class P>
-SEGFAST_NOINLINE void micro_runs(const Runs& runs, const float* __restrict a, int64_t row, const float* __restrict b,
-                                 int64_t width, int64_t first, int64_t col, const P put) {
+template <class T, int M, int V, class P>
+SEGFAST_NOINLINE void micro_runs(const Runs& runs, const T* __restrict a, int64_t row, const float* __restrict b, int64_t width,
+                                 int64_t first, int64_t col, const P put) {
   constexpr int L = lanes<float>;
   Vec<float> acc[M][V] = {};
   for (int64_t part = 0; part < runs.parts; ++part) {
-    const float* from = a + runs.a[part];
+    const T* from = a + runs.a[part];
     const float* panel = b + runs.b[part] * width;
     for (int64_t d = 0; d < runs.depth; ++d) {
-      Vec<float> bv[V];
+      typename Dot<T>::Right bv[V];
 #pragma GCC unroll 8
-      for (int j = 0; j < V; ++j) bv[j] = load(panel + d * width + j * L);
+      for (int j = 0; j < V; ++j) bv[j] = Dot<T>::right(panel + d * width + j * L);
 #pragma GCC unroll 16
       for (int i = 0; i < M; ++i) {
-        const float s = from[i * row + d];
+        const auto s = Dot<T>::left(from + i * row + d * kPerWord<T>);
 #pragma GCC unroll 8
-        for (int j = 0; j < V; ++j) acc[i][j] += bv[j] * s;
+        for (int j = 0; j < V; ++j) acc[i][j] = Dot<T>::add(acc[i][j], s, bv[j]);
       }
     }
   }
@@ -104,21 +179,21 @@ SEGFAST_NOINLINE void micro_runs(const Runs& runs, const float* __restrict a, in
   }
 }
 
-// rows x (the sum of the runs' depths) times panels of 32 columns, whose rows number `total`.
-template <class P>
-SEGFAST_INLINE void runs_product(int64_t rows, const Runs& runs, const float* a, int64_t row, const float* panels, int64_t total,
+// rows x (the sum of the runs' depths) times panels of 32 columns, whose rows number `total` words.
+template <class T, class P>
+SEGFAST_INLINE void runs_product(int64_t rows, const Runs& runs, const T* a, int64_t row, const float* panels, int64_t total,
                                  int64_t padded, const P& put) {
-  constexpr int L = lanes<float>, M = kRows<float>;
+  constexpr int L = lanes<float>, M = kDotRows<T>;
   for (int64_t col0 = 0; col0 < padded; col0 += 32) {
     const int64_t width = padded - col0 < 32 ? padded - col0 : 32;
     const float* panel = panels + col0 * total;
     const auto columns = [&](auto vectors, int64_t j) {
       constexpr int V = decltype(vectors)::value;
       int64_t i = 0;
-      for (; i + M <= rows; i += M) micro_runs<M, V>(runs, a + i * row, row, panel + j, width, i, col0 + j, put);
-      for (; i + 4 <= rows; i += 4) micro_runs<4, V>(runs, a + i * row, row, panel + j, width, i, col0 + j, put);
-      for (; i + 2 <= rows; i += 2) micro_runs<2, V>(runs, a + i * row, row, panel + j, width, i, col0 + j, put);
-      for (; i < rows; ++i) micro_runs<1, V>(runs, a + i * row, row, panel + j, width, i, col0 + j, put);
+      for (; i + M <= rows; i += M) micro_runs<T, M, V>(runs, a + i * row, row, panel + j, width, i, col0 + j, put);
+      for (; i + 4 <= rows; i += 4) micro_runs<T, 4, V>(runs, a + i * row, row, panel + j, width, i, col0 + j, put);
+      for (; i + 2 <= rows; i += 2) micro_runs<T, 2, V>(runs, a + i * row, row, panel + j, width, i, col0 + j, put);
+      for (; i < rows; ++i) micro_runs<T, 1, V>(runs, a + i * row, row, panel + j, width, i, col0 + j, put);
     };
     int64_t j = 0;
     for (; j + 2 * L <= width; j += 2 * L) columns(Int<2>{}, j);
@@ -126,15 +201,17 @@ SEGFAST_INLINE void runs_product(int64_t rows, const Runs& runs, const float* a,
   }
 }
 
-template <class P>
-SEGFAST_INLINE void plain_product(int64_t rows, int64_t depth, const float* a, int64_t lda, const float* panels, int64_t padded,
+// `depth` elements; rows whose words are whole: lda even, and zero after an odd depth.
+template <class T, class P>
+SEGFAST_INLINE void plain_product(int64_t rows, int64_t depth, const T* a, int64_t lda, const float* panels, int64_t padded,
                                   const P& put) {
-  const int64_t zero = 0;
-  runs_product(rows, Runs{1, depth, &zero, &zero}, a, lda, panels, depth, padded, put);
+  const int64_t zero = 0, total = words<T>(depth);
+  runs_product(rows, Runs{1, total, &zero, &zero}, a, lda, panels, total, padded, put);
 }
 
-// Depthwise convolution and pointwise product over tiles of output pixels [begin, end).
-void separable_tiles(const PackedArgs& o, int64_t begin, int64_t end, float* buffer) {
+// Depthwise convolution and pointwise product over tiles of output pixels [begin, end); `buffer` is zero before.
+template <class T>
+void separable_tiles(const PackedArgs<T>& o, int64_t begin, int64_t end, T* buffer) {
   for (int64_t t0 = begin; t0 < end; t0 += o.tile) {
     const int64_t t1 = t0 + o.tile < end ? t0 + o.tile : end;
     const auto rows = [&](const auto& middle) {
@@ -143,9 +220,9 @@ void separable_tiles(const PackedArgs& o, int64_t begin, int64_t end, float* buf
       });
     };
     if (is_clamp(o.dw_act)) {
-      rows(Put<float, float, true>{buffer, o.cp, o.g.c, o.dw_shift, o.dw_act});
+      rows(Put<T, float, true>{buffer, o.cp, o.g.c, o.dw_shift, o.dw_act});
     } else {
-      rows(Put<float, float, false>{buffer, o.cp, o.g.c, o.dw_shift, o.dw_act});
+      rows(Put<T, float, false>{buffer, o.cp, o.g.c, o.dw_shift, o.dw_act});
     }
     with_put(o.y, o.add, t0, o.g.k, o.pw_shift, o.act,
              [&](const auto& put) { plain_product(t1 - t0, o.g.c, buffer, o.cp, o.pw, o.kp, put); });
@@ -153,7 +230,8 @@ void separable_tiles(const PackedArgs& o, int64_t begin, int64_t end, float* buf
 }
 
 // A depthwise convolution alone: rows [begin, end) of N * OH.
-void depthwise_rows(const PackedArgs& o, int64_t begin, int64_t end) {
+template <class T>
+void depthwise_rows(const PackedArgs<T>& o, int64_t begin, int64_t end) {
   for (int64_t r = begin; r < end; ++r) {
     with_put(o.y, o.add, r * o.g.ow, o.g.c, o.dw_shift, o.act, [&](const auto& put) {
       depthwise_row(o.g, o.x, o.dw, o.cp, r / o.g.oh, r % o.g.oh, int64_t{0}, o.g.ow, int64_t{0}, put);
@@ -161,8 +239,9 @@ void depthwise_rows(const PackedArgs& o, int64_t begin, int64_t end) {
   }
 }
 
-// A dense 1 x 1 convolution without stride and padding: pixels [begin, end).
-void pointwise_tiles(const PackedArgs& o, int64_t begin, int64_t end) {
+// A dense 1 x 1 convolution without stride and padding, of whole words: pixels [begin, end).
+template <class T>
+void pointwise_tiles(const PackedArgs<T>& o, int64_t begin, int64_t end) {
   for (int64_t t0 = begin; t0 < end; t0 += o.tile) {
     const int64_t t1 = t0 + o.tile < end ? t0 + o.tile : end;
     with_put(o.y, o.add, t0, o.g.k, o.pw_shift, o.act,
@@ -170,19 +249,64 @@ void pointwise_tiles(const PackedArgs& o, int64_t begin, int64_t end) {
   }
 }
 
+// The taps of output pixel (oy, ox), [kh][kw][c], zero outside the image.
+template <class T>
+SEGFAST_INLINE void gather(const Geometry& g, const T* image, int64_t iy, int64_t ox, T* to) {
+  for (int64_t ky = 0; ky < g.kh; ++ky) {
+    const int64_t y = iy + ky * g.dh;
+    for (int64_t kx = 0; kx < g.kw; ++kx, to += g.c) {
+      const int64_t xx = ox * g.sw - g.pw + kx * g.dw;
+      const bool inside = y >= 0 && y < g.h && xx >= 0 && xx < g.w;
+      const T* from = image + y * g.w * g.c + xx * g.c;
+      for (int64_t c = 0; c < g.c; ++c) to[c] = inside ? from[c] : T(0);
+    }
+  }
+}
+
 // A dense convolution: rows [begin, end) of N * OH. The taps are part of the product's depth: where all of a pixel's columns lie
 // inside, its values are read where they are, else (the ends of a row) from a copy `patch` [kh * kw * c] with zeros outside.
-void dense_rows(const PackedArgs& o, int64_t begin, int64_t end, float* patch) {
+// Where a pixel is no whole number of words, always from copies, `patch` [tile][patch_row(kh * kw * c)].
+template <class T>
+void dense_rows(const PackedArgs<T>& o, int64_t begin, int64_t end, T* patch) {
   const Geometry& g = o.g;
   const int64_t line = g.w * g.c, total = g.kh * g.kw * g.c;
   const int64_t reach = (g.kw - 1) * g.dw;
   int64_t first = (g.pw + g.sw - 1) / g.sw, last = g.w - 1 - reach + g.pw < 0 ? 0 : (g.w - 1 - reach + g.pw) / g.sw + 1;
   first = first < g.ow ? first : g.ow;
   last = last < first ? first : (last < g.ow ? last : g.ow);
+  if (g.c % kPerWord<T>) {
+    const int64_t row = patch_row<T>(total), run = g.kw * g.c;
+    const T zeros[16] = {}, *stop = o.x + g.n * g.h * line;
+    const bool narrow = g.dw == 1 && run <= 16;
+    for (int64_t r = begin; r < end; ++r) {
+      const int64_t n = r / g.oh, iy = r % g.oh * g.sh - g.ph;
+      const T* image = o.x + n * g.h * line;
+      for (int64_t ox0 = 0; ox0 < g.ow; ox0 += o.tile) {
+        const int64_t ox1 = ox0 + o.tile < g.ow ? ox0 + o.tile : g.ow;
+        for (int64_t ox = ox0; ox < ox1; ++ox) {
+          T* to = patch + (ox - ox0) * row;
+          const T* from = image + iy * line + (ox * g.sw - g.pw) * g.c;
+          if (narrow && ox >= first && ox < last && stop - from >= (g.kh - 1) * g.dh * line + 16) {
+            // Sixteen at a time; what is too many the next run overwrites.
+            for (int64_t ky = 0; ky < g.kh; ++ky) {
+              const int64_t y = iy + ky * g.dh;
+              memcpy(to + ky * run, y >= 0 && y < g.h ? from + ky * g.dh * line : zeros, 16 * sizeof(T));
+            }
+          } else {
+            gather(g, image, iy, ox, to);
+          }
+          to[total] = T(0);
+        }
+        with_put(o.y, o.add, r * g.ow + ox0, g.k, o.pw_shift, o.act,
+                 [&](const auto& put) { plain_product(ox1 - ox0, total, patch, row, o.pw, o.kp, put); });
+      }
+    }
+    return;
+  }
   int64_t from[64], panel[64];
   for (int64_t r = begin; r < end; ++r) {
     const int64_t n = r / g.oh, iy = r % g.oh * g.sh - g.ph;
-    const float* image = o.x + n * g.h * line;
+    const T* image = o.x + n * g.h * line;
     int64_t parts = 0;
     const int64_t wide = g.dw == 1 ? g.kw : 1;  // taps side by side are one run
     for (int64_t ky = 0; ky < g.kh; ++ky) {
@@ -190,28 +314,20 @@ void dense_rows(const PackedArgs& o, int64_t begin, int64_t end, float* patch) {
       if (y < 0 || y >= g.h) continue;
       for (int64_t kx = 0; kx < g.kw; kx += wide) {
         from[parts] = y * line + kx * g.dw * g.c;
-        panel[parts++] = (ky * g.kw + kx) * g.c;
+        panel[parts++] = words<T>((ky * g.kw + kx) * g.c);
       }
     }
-    const Runs runs{parts, wide * g.c, from, panel};
+    const Runs runs{parts, words<T>(wide * g.c), from, panel};
     const auto pixels = [&](int64_t ox0, int64_t ox1) {
       with_put(o.y, o.add, r * g.ow + ox0, g.k, o.pw_shift, o.act, [&](const auto& put) {
-        runs_product(ox1 - ox0, runs, image + (ox0 * g.sw - g.pw) * g.c, g.sw * g.c, o.pw, total, o.kp, put);
+        runs_product(ox1 - ox0, runs, image + (ox0 * g.sw - g.pw) * g.c, g.sw * g.c, o.pw, words<T>(total), o.kp, put);
       });
     };
     for (int64_t ox = first; ox < last; ox += o.tile) pixels(ox, ox + o.tile < last ? ox + o.tile : last);
     for (int64_t ox = 0; ox < g.ow; ++ox) {
       if (ox == first) ox = last;
       if (ox >= g.ow) break;
-      float* to = patch;
-      for (int64_t ky = 0; ky < g.kh; ++ky) {
-        const int64_t y = iy + ky * g.dh;
-        for (int64_t kx = 0; kx < g.kw; ++kx, to += g.c) {
-          const int64_t xx = ox * g.sw - g.pw + kx * g.dw;
-          const bool inside = y >= 0 && y < g.h && xx >= 0 && xx < g.w;
-          for (int64_t c = 0; c < g.c; ++c) to[c] = inside ? image[y * line + xx * g.c + c] : 0.0f;
-        }
-      }
+      gather(g, image, iy, ox, patch);
       with_put(o.y, o.add, r * g.ow + ox, g.k, o.pw_shift, o.act,
                [&](const auto& put) { plain_product(1, total, patch, total, o.pw, o.kp, put); });
     }
@@ -219,8 +335,8 @@ void dense_rows(const PackedArgs& o, int64_t begin, int64_t end, float* patch) {
 }
 
 // Outputs [0, count) of a depthwise convolution whose taps all lie inside: rows[ky] is null where the kernel leaves the image.
-template <class P>
-SEGFAST_INLINE void depthwise_inside(const Geometry& g, const float* const* rows, const float* w, int64_t cp, int64_t count,
+template <class T, class P>
+SEGFAST_INLINE void depthwise_inside(const Geometry& g, const T* const* rows, const float* w, int64_t cp, int64_t count,
                                      const P& put) {
   int64_t ky0 = 0, ky1 = g.kh;
   while (ky0 < ky1 && !rows[ky0]) ++ky0;
@@ -230,7 +346,8 @@ SEGFAST_INLINE void depthwise_inside(const Geometry& g, const float* const* rows
   if (g.dw == 1 && g.kw == 5 && g.sw == 1) return depthwise_run<5, 1>(rows, 0, cp, w, cp, ky0, ky1, count, 0, put);
   if (g.dw == 1 && g.kw == 5 && g.sw == 2) return depthwise_run<5, 2>(rows, 0, cp, w, cp, ky0, ky1, count, 0, put);
   for (int64_t p = 0; p < count; ++p) {
-    const float *from[64], *weight[64];
+    const T* from[64];
+    const float* weight[64];
     int taps = 0;
     for (int64_t ky = ky0; ky < ky1; ++ky) {
       for (int64_t kx = 0; kx < g.kw; ++kx) {
@@ -244,11 +361,14 @@ SEGFAST_INLINE void depthwise_inside(const Geometry& g, const float* const* rows
 
 // Inverted residuals: output rows of column strips, [begin, end) of N * strips * OH. Going down a strip, the expanded rows under
 // the kernel are kept in a ring (row iy in slot iy % (dh * (kh - 1) + 1)) with columns of zeros where the strip leaves the image:
-// each expanded value is computed once, but for the columns that two strips share and the first rows of a range.
-void inverted_rows(const PackedArgs& o, int64_t begin, int64_t end, float* ring, float* middle) {
+// each expanded value is computed once, but for the columns that two strips share and the first rows of a range. `line` takes a
+// row of x whose pixels are no whole number of words.
+template <class T>
+void inverted_rows(const PackedArgs<T>& o, int64_t begin, int64_t end, T* ring, T* middle, T* line) {
   const Geometry& g = o.g;
   const int64_t strips = (g.ow + o.strip - 1) / o.strip, slots = g.dh * (g.kh - 1) + 1;
   const int64_t slot = ((o.strip - 1) * g.sw + g.dw * (g.kw - 1) + 1) * o.cp;
+  const int64_t lda = words<T>(o.ci) * kPerWord<T>;
   for (int64_t r = begin; r < end;) {
     const int64_t oy0 = r % g.oh, n = r / g.oh / strips, ox0 = r / g.oh % strips * o.strip;
     const int64_t oy1 = oy0 + (end - r) < g.oh ? oy0 + (end - r) : g.oh;
@@ -258,9 +378,9 @@ void inverted_rows(const PackedArgs& o, int64_t begin, int64_t end, float* ring,
     int64_t x0 = left < 0 ? 0 : left, x1 = right < g.w ? right : g.w;
     if (x0 > x1) x0 = x1 = left;  // all of it outside
     for (int64_t s = 0; s < slots; ++s) {
-      float* to = ring + s * slot;
-      for (int64_t i = 0; i < (x0 - left) * o.cp; ++i) to[i] = 0;
-      for (int64_t i = (x1 - left) * o.cp; i < (right - left) * o.cp; ++i) to[i] = 0;
+      T* to = ring + s * slot;
+      for (int64_t i = 0; i < (x0 - left) * o.cp; ++i) to[i] = T(0);
+      for (int64_t i = (x1 - left) * o.cp; i < (right - left) * o.cp; ++i) to[i] = T(0);
     }
     int64_t next = 0;
     for (int64_t oy = oy0; oy < oy1; ++oy) {
@@ -268,11 +388,18 @@ void inverted_rows(const PackedArgs& o, int64_t begin, int64_t end, float* ring,
       const int64_t bottom = iy + slots < g.h ? iy + slots : g.h;
       next = next > iy ? next : iy;
       for (; next < bottom; ++next) {
-        with_middle(ring + next % slots * slot + (x0 - left) * o.cp, o.cp, o.expand_shift, o.expand_act, [&](const auto& put) {
-          plain_product(x1 - x0, o.ci, o.x + ((n * g.h + next) * g.w + x0) * o.ci, o.ci, o.expand, o.cp, put);
-        });
+        const T* from = o.x + ((n * g.h + next) * g.w + x0) * o.ci;
+        if (lda != o.ci) {
+          for (int64_t i = 0; i < x1 - x0; ++i) {
+            for (int64_t c = 0; c < o.ci; ++c) line[i * lda + c] = from[i * o.ci + c];
+            line[i * lda + o.ci] = T(0);
+          }
+          from = line;
+        }
+        with_middle(ring + next % slots * slot + (x0 - left) * o.cp, o.cp, o.expand_shift, o.expand_act,
+                    [&](const auto& put) { plain_product(x1 - x0, o.ci, from, lda, o.expand, o.cp, put); });
       }
-      const float* rows[64];
+      const T* rows[64];
       for (int64_t ky = 0; ky < g.kh; ++ky) {
         const int64_t y = iy + ky * g.dh;
         rows[ky] = y >= 0 && y < g.h ? ring + y % slots * slot : nullptr;
@@ -294,12 +421,27 @@ Counter conv_counter("packed_conv"), ds_counter("packed_ds_conv"), inverted_coun
 
 using Ints = torch::headeronly::IntHeaderOnlyArrayRef;
 enum Kind : int64_t { kDense, kDepthwise, kSeparable, kInverted };
-constexpr int64_t kMagic = 0x3176636b70666773;
+constexpr int64_t kMagic = 0x3276636b70666773;
 
 struct Header {
-  int64_t magic, kind, bytes, ci, c, k, kh, kw;
+  int64_t magic, kind, bfloat16, bytes, ci, c, k, kh, kw;
   int64_t expand, expand_shift, dw, dw_shift, pw, pw_shift;  // offsets in bytes
 };
+
+// The kernels of a dtype: those of bfloat16 have a kernel set more.
+#define SEGFAST_PACKED_CALL(T, kernel, ...)            \
+  do {                                                 \
+    if constexpr (std::is_same_v<T, BFloat16>) {       \
+      SEGFAST_CALL_LOW(kernel<BFloat16>)(__VA_ARGS__); \
+    } else {                                           \
+      SEGFAST_CALL(kernel<float>)(__VA_ARGS__);        \
+    }                                                  \
+  } while (false)
+
+bool is_bfloat16(const char* op, std::optional<ScalarType> dtype) {
+  STD_TORCH_CHECK(!dtype || *dtype == ScalarType::Float || *dtype == ScalarType::BFloat16, op, ": want float32 or bfloat16");
+  return dtype && *dtype == ScalarType::BFloat16;
+}
 
 void want_weight(const char* op, const Tensor& w, const Tensor& bias, int64_t per_group) {
   STD_TORCH_CHECK(w.is_cpu() && bias.is_cpu(), op, ": want tensors on the CPU");
@@ -317,13 +459,22 @@ class Packer {
   void panels(int64_t Header::* where, int64_t Header::* shift, const Tensor& weight, const Tensor& bias) {
     const Tensor w = torch::stable::contiguous(weight);
     const int64_t k = w.size(0), c = w.size(1), taps = w.size(2) * w.size(3), kp = padded(k), depth = c * taps;
-    float* to = section(where, kp * depth);
+    const int64_t total = h_.bfloat16 ? words<BFloat16>(depth) : depth;
+    float* to = section(where, kp * total);
     for (int64_t col0 = 0; col0 < kp; col0 += 32) {
       const int64_t width = std::min<int64_t>(32, kp - col0);
       for (int64_t j = 0; j < width && col0 + j < k; ++j) {
         const float* from = data<float>(w) + (col0 + j) * depth;
         for (int64_t t = 0; t < taps; ++t) {
-          for (int64_t i = 0; i < c; ++i) to[col0 * depth + (t * c + i) * width + j] = from[i * taps + t];
+          for (int64_t i = 0; i < c; ++i) {
+            const int64_t d = t * c + i;
+            if (h_.bfloat16) {
+              const BFloat16 value(from[i * taps + t]);
+              memcpy(reinterpret_cast<char*>(to + col0 * total + d / 2 * width + j) + d % 2 * sizeof value, &value, sizeof value);
+            } else {
+              to[col0 * total + d * width + j] = from[i * taps + t];
+            }
+          }
         }
       }
     }
@@ -364,9 +515,9 @@ class Packer {
 Tensor pack_conv_cpu(const Tensor& weight, const Tensor& bias, int64_t groups, std::optional<ScalarType> dtype) {
   want_weight("pack_conv", weight, bias, groups == 1 ? -1 : 1);
   STD_TORCH_CHECK(groups == 1 || groups == weight.size(0), "pack_conv: want groups 1, or as many as channels in and out");
-  STD_TORCH_CHECK(!dtype || *dtype == ScalarType::Float, "pack_conv: want float32");
   const bool dense = groups == 1;
   Packer packer({.kind = dense ? kDense : kDepthwise,
+                 .bfloat16 = is_bfloat16("pack_conv", dtype),
                  .c = dense ? weight.size(1) : groups,
                  .k = weight.size(0),
                  .kh = weight.size(2),
@@ -379,19 +530,25 @@ Tensor pack_conv_cpu(const Tensor& weight, const Tensor& bias, int64_t groups, s
   return packer.finish(weight);
 }
 
-Tensor pack_ds_conv_cpu(const Tensor& dw_weight, const Tensor& dw_bias, const Tensor& pw_weight, const Tensor& pw_bias) {
+Tensor pack_ds_conv_cpu(const Tensor& dw_weight, const Tensor& dw_bias, const Tensor& pw_weight, const Tensor& pw_bias,
+                        std::optional<ScalarType> dtype) {
   want_weight("pack_ds_conv", dw_weight, dw_bias, 1);
   want_weight("pack_ds_conv", pw_weight, pw_bias, dw_weight.size(0));
   STD_TORCH_CHECK(pw_weight.size(2) == 1 && pw_weight.size(3) == 1, "pack_ds_conv: want pw_weight (K, C, 1, 1)");
-  Packer packer(
-      {.kind = kSeparable, .c = dw_weight.size(0), .k = pw_weight.size(0), .kh = dw_weight.size(2), .kw = dw_weight.size(3)});
+  Packer packer({.kind = kSeparable,
+                 .bfloat16 = is_bfloat16("pack_ds_conv", dtype),
+                 .c = dw_weight.size(0),
+                 .k = pw_weight.size(0),
+                 .kh = dw_weight.size(2),
+                 .kw = dw_weight.size(3)});
   packer.depthwise(dw_weight, dw_bias);
   packer.panels(&Header::pw, &Header::pw_shift, pw_weight, pw_bias);
   return packer.finish(pw_weight);
 }
 
 Tensor pack_inverted_residual_cpu(const Tensor& expand_weight, const Tensor& expand_bias, const Tensor& dw_weight,
-                                  const Tensor& dw_bias, const Tensor& project_weight, const Tensor& project_bias) {
+                                  const Tensor& dw_bias, const Tensor& project_weight, const Tensor& project_bias,
+                                  std::optional<ScalarType> dtype) {
   const char* op = "pack_inverted_residual";
   want_weight(op, expand_weight, expand_bias, -1);
   want_weight(op, dw_weight, dw_bias, 1);
@@ -400,6 +557,7 @@ Tensor pack_inverted_residual_cpu(const Tensor& expand_weight, const Tensor& exp
                       project_weight.size(2) == 1 && project_weight.size(3) == 1,
                   "pack_inverted_residual: want 1 x 1 weights to and from the channels of dw_weight");
   Packer packer({.kind = kInverted,
+                 .bfloat16 = is_bfloat16(op, dtype),
                  .ci = expand_weight.size(1),
                  .c = dw_weight.size(0),
                  .k = project_weight.size(0),
@@ -412,17 +570,20 @@ Tensor pack_inverted_residual_cpu(const Tensor& expand_weight, const Tensor& exp
 }
 
 // A checked call: its tensors, and what the kernels get.
+template <class T>
 struct Call {
   Tensor x, y;
   std::optional<Tensor> add;
-  PackedArgs o{};
+  PackedArgs<T> o{};
   int64_t kind;
+
+  static constexpr ScalarType dtype = std::is_same_v<T, BFloat16> ? ScalarType::BFloat16 : ScalarType::Float;
 
   Call(const char* op, const Tensor& input, const Tensor& packed, Ints stride, Ints padding, Ints dilation,
        std::initializer_list<int64_t> acts, const std::optional<Tensor>& more)
       : x(input), y(input) {
-    STD_TORCH_CHECK(input.is_cpu() && input.dim() == 4 && input.scalar_type() == ScalarType::Float, op,
-                    ": want x (N, C, H, W) in float32 on the CPU");
+    STD_TORCH_CHECK(input.is_cpu() && input.dim() == 4 && input.scalar_type() == dtype, op,
+                    ": want x (N, C, H, W) in float32 or bfloat16 on the CPU");
     STD_TORCH_CHECK(packed.is_cpu() && packed.dim() == 1 && packed.scalar_type() == ScalarType::Byte && packed.is_contiguous() &&
                         packed.numel() >= static_cast<int64_t>(sizeof(Header)),
                     op, ": want weights from the op's own pack function");
@@ -430,6 +591,7 @@ struct Call {
     Header h;
     memcpy(&h, bytes, sizeof h);
     STD_TORCH_CHECK(h.magic == kMagic && h.bytes == packed.numel(), op, ": want weights from the op's own pack function");
+    STD_TORCH_CHECK((h.bfloat16 != 0) == (dtype == ScalarType::BFloat16), op, ": want weights packed for the dtype of x");
     kind = h.kind;
     for (const auto& [value, least] : {std::pair{stride, 1}, {padding, 0}, {dilation, 1}}) {
       STD_TORCH_CHECK(value.size() == 2 && value[0] >= least && value[1] >= least, op,
@@ -449,78 +611,104 @@ struct Call {
     o.expand = at(h.expand), o.expand_shift = at(h.expand_shift), o.dw = at(h.dw), o.dw_shift = at(h.dw_shift);
     o.pw = at(h.pw), o.pw_shift = at(h.pw_shift);
     x = contiguous_as(input, true);
-    y = empty({g.n, g.k, g.oh, g.ow}, ScalarType::Float, x, true);
+    y = empty({g.n, g.k, g.oh, g.ow}, dtype, x, true);
     if (more) {
-      STD_TORCH_CHECK(more->is_cpu() && more->scalar_type() == ScalarType::Float && more->dim() == 4 && more->size(0) == g.n &&
+      STD_TORCH_CHECK(more->is_cpu() && more->scalar_type() == dtype && more->dim() == 4 && more->size(0) == g.n &&
                           more->size(1) == g.k && more->size(2) == g.oh && more->size(3) == g.ow,
                       op, ": want add of the shape and dtype of the result");
       add = contiguous_as(*more, true);
-      o.add = data<float>(*add);
+      o.add = data<T>(*add);
     }
-    o.x = data<float>(x), o.y = data<float>(y);
+    o.x = data<T>(x), o.y = data<T>(y);
   }
 };
+
+template <class T>
+Tensor packed_conv(const Tensor& x, const Tensor& packed, Ints stride, Ints padding, Ints dilation, int64_t act,
+                   const std::optional<Tensor>& add) {
+  Call<T> call("packed_conv", x, packed, stride, padding, dilation, {act}, add);
+  STD_TORCH_CHECK(call.kind == kDense || call.kind == kDepthwise, "packed_conv: want weights from pack_conv");
+  PackedArgs<T>& o = call.o;
+  const Geometry& g = o.g;
+  o.act = act, o.tile = tile_pixels(g.c * sizeof(T), 65536, 192);
+  if (call.y.numel() == 0) return call.y;
+  const bool whole = g.c % kPerWord<T> == 0;
+  if (call.kind == kDepthwise) {
+    parallel_for(0, g.n * g.oh, 1, [&](int64_t begin, int64_t end) { SEGFAST_PACKED_CALL(T, depthwise_rows, o, begin, end); });
+  } else if (whole && g.kh * g.kw == 1 && g.sh == 1 && g.sw == 1 && g.ph == 0 && g.pw == 0) {
+    const int64_t pixels = g.pixels(), tiles = (pixels + o.tile - 1) / o.tile;
+    parallel_for(0, tiles, 1, [&](int64_t begin, int64_t end) {
+      SEGFAST_PACKED_CALL(T, pointwise_tiles, o, begin * o.tile, std::min(end * o.tile, pixels));
+    });
+  } else {
+    const int64_t total = g.kh * g.kw * g.c, row = patch_row<T>(total);
+    if (!whole) o.tile = tile_pixels(row * sizeof(T));
+    parallel_for(0, g.n * g.oh, 1, [&](int64_t begin, int64_t end) {
+      const Buffer<T> patch(whole ? total : o.tile * row, false);
+      SEGFAST_PACKED_CALL(T, dense_rows, o, begin, end, patch.p);
+    });
+  }
+  return call.y;
+}
+
+template <class T>
+Tensor packed_ds_conv(const Tensor& x, const Tensor& packed, Ints stride, Ints padding, Ints dilation, int64_t dw_act,
+                      int64_t act, const std::optional<Tensor>& add) {
+  Call<T> call("packed_ds_conv", x, packed, stride, padding, dilation, {dw_act, act}, add);
+  STD_TORCH_CHECK(call.kind == kSeparable, "packed_ds_conv: want weights from pack_ds_conv");
+  PackedArgs<T>& o = call.o;
+  o.dw_act = dw_act, o.act = act, o.tile = tile_pixels(o.cp * sizeof(T));
+  if (call.y.numel() == 0) return call.y;
+  const int64_t pixels = o.g.pixels(), tiles = (pixels + o.tile - 1) / o.tile;
+  parallel_for(0, tiles, 1, [&](int64_t begin, int64_t end) {
+    const Buffer<T> buffer(o.tile * o.cp, o.g.c % kPerWord<T> != 0);
+    SEGFAST_PACKED_CALL(T, separable_tiles, o, begin * o.tile, std::min(end * o.tile, pixels), buffer.p);
+  });
+  return call.y;
+}
+
+template <class T>
+Tensor packed_inverted_residual(const Tensor& x, const Tensor& packed, Ints stride, Ints padding, Ints dilation,
+                                int64_t expand_act, int64_t dw_act, int64_t act, const std::optional<Tensor>& add) {
+  Call<T> call("packed_inverted_residual", x, packed, stride, padding, dilation, {expand_act, dw_act, act}, add);
+  STD_TORCH_CHECK(call.kind == kInverted, "packed_inverted_residual: want weights from pack_inverted_residual");
+  PackedArgs<T>& o = call.o;
+  const Geometry& g = o.g;
+  o.expand_act = expand_act, o.dw_act = dw_act, o.act = act;
+  if (call.y.numel() == 0) return call.y;
+  // The ring of a strip takes about half of L2, in strips of equal width.
+  const int64_t slots = g.dh * (g.kh - 1) + 1, fits = 393216 / (slots * g.sw * o.cp * static_cast<int64_t>(sizeof(T)));
+  const int64_t strips = (g.ow + std::max<int64_t>(fits, 12) - 1) / std::max<int64_t>(fits, 12);
+  o.strip = (g.ow + strips - 1) / strips;
+  const int64_t columns = (o.strip - 1) * g.sw + g.dw * (g.kw - 1) + 1;
+  const int64_t odd = o.ci % kPerWord<T> == 0 ? 0 : columns * (o.ci + 1);
+  parallel_for(0, g.n * ((g.ow + o.strip - 1) / o.strip) * g.oh, 1, [&](int64_t begin, int64_t end) {
+    const Buffer<T> ring(slots * columns * o.cp, false), middle(o.strip * o.cp, false), line(odd, false);
+    SEGFAST_PACKED_CALL(T, inverted_rows, o, begin, end, ring.p, middle.p, line.p);
+  });
+  return call.y;
+}
 
 Tensor packed_conv_cpu(const Tensor& x, const Tensor& packed, Ints stride, Ints padding, Ints dilation, int64_t act,
                        const std::optional<Tensor>& add) {
   conv_counter.add();
-  Call call("packed_conv", x, packed, stride, padding, dilation, {act}, add);
-  STD_TORCH_CHECK(call.kind == kDense || call.kind == kDepthwise, "packed_conv: want weights from pack_conv");
-  PackedArgs& o = call.o;
-  const Geometry& g = o.g;
-  o.act = act, o.tile = tile_pixels(g.c * sizeof(float), 65536, 192);
-  if (call.y.numel() == 0) return call.y;
-  if (call.kind == kDepthwise) {
-    parallel_for(0, g.n * g.oh, 1, [&](int64_t begin, int64_t end) { SEGFAST_CALL(depthwise_rows)(o, begin, end); });
-  } else if (g.kh * g.kw == 1 && g.sh == 1 && g.sw == 1 && g.ph == 0 && g.pw == 0) {
-    const int64_t pixels = g.pixels(), tiles = (pixels + o.tile - 1) / o.tile;
-    parallel_for(0, tiles, 1, [&](int64_t begin, int64_t end) {
-      SEGFAST_CALL(pointwise_tiles)(o, begin * o.tile, std::min(end * o.tile, pixels));
-    });
-  } else {
-    parallel_for(0, g.n * g.oh, 1, [&](int64_t begin, int64_t end) {
-      const Buffer<float> patch(g.kh * g.kw * g.c, false);
-      SEGFAST_CALL(dense_rows)(o, begin, end, patch.p);
-    });
-  }
-  return call.y;
+  const auto kernel = x.scalar_type() == ScalarType::BFloat16 ? packed_conv<BFloat16> : packed_conv<float>;
+  return kernel(x, packed, stride, padding, dilation, act, add);
 }
 
 Tensor packed_ds_conv_cpu(const Tensor& x, const Tensor& packed, Ints stride, Ints padding, Ints dilation, int64_t dw_act,
                           int64_t act, const std::optional<Tensor>& add) {
   ds_counter.add();
-  Call call("packed_ds_conv", x, packed, stride, padding, dilation, {dw_act, act}, add);
-  STD_TORCH_CHECK(call.kind == kSeparable, "packed_ds_conv: want weights from pack_ds_conv");
-  PackedArgs& o = call.o;
-  o.dw_act = dw_act, o.act = act, o.tile = tile_pixels(o.cp * sizeof(float));
-  if (call.y.numel() == 0) return call.y;
-  const int64_t pixels = o.g.pixels(), tiles = (pixels + o.tile - 1) / o.tile;
-  parallel_for(0, tiles, 1, [&](int64_t begin, int64_t end) {
-    const Buffer<float> buffer(o.tile * o.cp, false);
-    SEGFAST_CALL(separable_tiles)(o, begin * o.tile, std::min(end * o.tile, pixels), buffer.p);
-  });
-  return call.y;
+  const auto kernel = x.scalar_type() == ScalarType::BFloat16 ? packed_ds_conv<BFloat16> : packed_ds_conv<float>;
+  return kernel(x, packed, stride, padding, dilation, dw_act, act, add);
 }
 
 Tensor packed_inverted_residual_cpu(const Tensor& x, const Tensor& packed, Ints stride, Ints padding, Ints dilation,
                                     int64_t expand_act, int64_t dw_act, int64_t act, const std::optional<Tensor>& add) {
   inverted_counter.add();
-  Call call("packed_inverted_residual", x, packed, stride, padding, dilation, {expand_act, dw_act, act}, add);
-  STD_TORCH_CHECK(call.kind == kInverted, "packed_inverted_residual: want weights from pack_inverted_residual");
-  PackedArgs& o = call.o;
-  const Geometry& g = o.g;
-  o.expand_act = expand_act, o.dw_act = dw_act, o.act = act;
-  if (call.y.numel() == 0) return call.y;
-  // The ring of a strip takes about half of L2, in strips of equal width.
-  const int64_t slots = g.dh * (g.kh - 1) + 1, fits = 393216 / (slots * g.sw * o.cp * static_cast<int64_t>(sizeof(float)));
-  const int64_t strips = (g.ow + std::max<int64_t>(fits, 12) - 1) / std::max<int64_t>(fits, 12);
-  o.strip = (g.ow + strips - 1) / strips;
-  const int64_t slot = ((o.strip - 1) * g.sw + g.dw * (g.kw - 1) + 1) * o.cp;
-  parallel_for(0, g.n * ((g.ow + o.strip - 1) / o.strip) * g.oh, 1, [&](int64_t begin, int64_t end) {
-    const Buffer<float> ring(slots * slot, false), middle(o.strip * o.cp, false);
-    SEGFAST_CALL(inverted_rows)(o, begin, end, ring.p, middle.p);
-  });
-  return call.y;
+  const bool bfloat16 = x.scalar_type() == ScalarType::BFloat16;
+  const auto kernel = bfloat16 ? packed_inverted_residual<BFloat16> : packed_inverted_residual<float>;
+  return kernel(x, packed, stride, padding, dilation, expand_act, dw_act, act, add);
 }
 
 }  // namespace

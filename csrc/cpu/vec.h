@@ -87,11 +87,16 @@ SEGFAST_INLINE Vec<float> load(const BFloat16* p) {
 }
 // Round to nearest even; NaN stays NaN.
 SEGFAST_INLINE void store(BFloat16* p, Vec<float> v) {
+#if SEGFAST_DOT
+  const __m256bh half = _mm512_cvtneps_pbh((__m512)v);
+  memcpy(p, &half, sizeof half);
+#else
   const U32 bits = (U32)v;
   const U32 rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   const U32 nan = (bits >> 16) | 0x40u;
   const U16 half = __builtin_convertvector((U32)(v == v ? (I32)rounded : (I32)nan), U16);
   memcpy(p, &half, sizeof half);
+#endif
 }
 #else
 SEGFAST_INLINE Vec<float> load(const BFloat16* p) { return widen(*p); }
@@ -115,6 +120,11 @@ SEGFAST_INLINE Vec<compute<T>> load_n(const T* p, int n, compute<T> fill = 0) {
   if constexpr (sizeof(T) == sizeof(A) && sizeof(A) == 4) {
     return (Vec<A>)_mm512_mask_loadu_ps((__m512)splat<A>(fill), static_cast<__mmask16>((1u << n) - 1), p);
   }
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    const auto mask = static_cast<__mmask16>((1u << n) - 1);
+    const U32 bits = (U32)_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, p)) << 16;
+    return (Vec<float>)_mm512_mask_mov_ps((__m512)splat<A>(fill), mask, (__m512)bits);
+  }
 #endif
   Vec<A> v = splat<A>(fill);
   for (int i = 0; i < n; ++i) lane<A>(v, i) = widen(p[i]);
@@ -127,6 +137,13 @@ SEGFAST_INLINE void store_n(T* p, Vec<compute<T>> v, int n) {
 #if SEGFAST_BYTES == 64
   if constexpr (sizeof(T) == sizeof(A) && sizeof(A) == 4) {
     return _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << n) - 1), (__m512)v);
+  }
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    BFloat16 all[16];
+    store(all, v);
+    __m256i half;
+    memcpy(&half, all, sizeof half);
+    return _mm256_mask_storeu_epi16(p, static_cast<__mmask16>((1u << n) - 1), half);
   }
 #endif
   for (int i = 0; i < n; ++i) p[i] = narrow_to<T>(lane<A>(v, i));

@@ -108,6 +108,9 @@ def named(graph: Graph, step: Convolution, *more) -> tuple | None:
 PACKED = {op for op in ("packed_conv", "packed_ds_conv", "packed_inverted_residual") if _backend.has_compiled(op, "CPU")}
 
 
+PACKED_DTYPES = (torch.float32, torch.bfloat16)
+
+
 def has(op: str) -> bool:
     return op in PACKED or "cpu" in _backend.table.get(op, {})
 
@@ -139,7 +142,7 @@ class Builder:
 
     def packable(self, step: Step) -> bool:
         """Whether the dtype is that of the kernels over packed weights."""
-        return self.native(step) and self.weights.dtype == torch.float32
+        return self.native(step) and self.weights.dtype in PACKED_DTYPES
 
     # -- convolutions
 
@@ -160,8 +163,9 @@ class Builder:
         spatial = max(parts, key=lambda part: part.depthwise) if len(parts) > 1 else parts[0]
 
         def make():
-            tensors = [t.to(self.weights.dtype).contiguous() for part in parts for t in self.weights.folded(part, self.graph)]
-            return pack(*tensors, parts[0].groups, self.weights.dtype) if len(parts) == 1 else pack(*tensors)
+            tensors = [t.float().contiguous() for part in parts for t in self.weights.folded(part, self.graph)]
+            groups = [parts[0].groups] if len(parts) == 1 else []
+            return pack(*tensors, *groups, self.weights.dtype)
 
         names = [named(self.graph, part) for part in parts]
         name = None if None in names else (*(n for part in names for n in part), pack.name())
