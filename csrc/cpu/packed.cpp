@@ -5,7 +5,7 @@
 //
 // A packed weight is an opaque byte tensor: Header, then sections at multiples of 64 bytes. Panels are 32 columns wide (the last
 // may be 16) whatever the kernel set, so that what one set packed another can run. Their elements are words of 4 bytes: a float,
-// or two bfloat16 that follow one another in depth, the last with a zero after an odd depth.
+// or two bfloat16 that follow one another in depth, the last of a tap with a zero after an odd number of channels.
 //
 // Every output element is one sum in one order, whatever tile or thread it falls to: results are bitwise the same on any number
 // of threads.
@@ -26,6 +26,7 @@ struct PackedArgs {
   int64_t strip, tile;  // output columns a strip, pixels a tile
   const T *x, *add;     // add may be null
   T* y;
+  bool planar;  // x is contiguous, N C H W: where a pixel is no whole number of words, the dense convolution takes it so
   const float *expand, *expand_shift, *dw, *dw_shift, *pw, *pw_shift;  // expand and pw: words
   int64_t expand_act, dw_act, act;
 };
@@ -36,11 +37,6 @@ template <class T>
 constexpr int64_t words(int64_t n) {
   return (n + kPerWord<T> - 1) / kPerWord<T>;
 }
-// Elements between the rows of gathered taps: one run too many of at most 16 may be written.
-template <class T>
-constexpr int64_t patch_row(int64_t total) {
-  return (total + 31) / 16 * 16;
-}
 
 }  // namespace segfast
 #endif
@@ -48,36 +44,61 @@ constexpr int64_t patch_row(int64_t total) {
 #ifdef SEGFAST_KERNELS
 namespace segfast::SEGFAST_ISA {
 
-// to = act(value + shift + more): Put with a tensor of the same layout added.
-template <class T>
-struct PutAdd {
+// Where results go: row i, columns from col on, of a matrix with `cols` columns, `ld` apart.
+//   to = act(value + more), more, if Add, of the same layout; act is a clamp to [low, high] if Clamp.
+template <class T, bool Clamp, bool Add>
+struct Out {
   T* to;
   int64_t ld, cols;
   const float* shift;
-  const T* more;
   int64_t act;
-  SEGFAST_INLINE void operator()(int64_t i, int64_t col, Vec<float> v) const {
-    store(to + i * ld + col, activate<float>(v + load(shift + col) + load(more + i * ld + col), act));
+  float low, high;
+  const T* more;
+  static constexpr bool clamps = Clamp;
+  SEGFAST_INLINE Vec<float> value(Vec<float> v) const {
+    if constexpr (Clamp) return clamp<float>(v, splat(low), splat(high));
+    return activate<float>(v, act);
   }
-  SEGFAST_INLINE void part(int64_t i, int64_t col, Vec<float> v) const {
+  // The value without the shift, from which the sums of a product start.
+  SEGFAST_INLINE void put(int64_t i, int64_t col, Vec<float> v) const {
+    if constexpr (Add) v += load(more + i * ld + col);
+    store(to + i * ld + col, value(v));
+  }
+  SEGFAST_INLINE void put_pair(int64_t i, int64_t col, Vec<float> v, Vec<float> w) const {
+    if constexpr (Add) {
+      v += load(more + i * ld + col);
+      w += load(more + i * ld + col + lanes<float>);
+    }
+    store_pair(to + i * ld + col, value(v), value(w));
+  }
+  SEGFAST_INLINE void put_part(int64_t i, int64_t col, Vec<float> v) const {
     if (col >= cols) return;
     const int left = static_cast<int>(cols - col);
-    v += load(shift + col) + load_n(more + i * ld + col, left);
-    store_n(to + i * ld + col, activate<float>(v, act), left);
+    if constexpr (Add) v += load_n(more + i * ld + col, left);
+    store_n(to + i * ld + col, value(v), left);
   }
+  SEGFAST_INLINE void operator()(int64_t i, int64_t col, Vec<float> v) const { put(i, col, v + load(shift + col)); }
+  SEGFAST_INLINE void part(int64_t i, int64_t col, Vec<float> v) const { put_part(i, col, v + load(shift + col)); }
 };
 
 // f(put) for the rows from `offset` on of the result: the kind of epilogue is chosen once a tile.
 template <class T, class F>
 SEGFAST_INLINE void with_put(T* to, const T* add, int64_t offset, int64_t k, const float* shift, int64_t act, F f) {
-  if (add) return f(PutAdd<T>{to + offset * k, k, k, shift, add + offset * k, act});
-  if (is_clamp(act)) return f(Put<T, float, true>{to + offset * k, k, k, shift, act});
-  f(Put<T, float, false>{to + offset * k, k, k, shift, act});
+  const float low = low_of<float>(act), high = high_of<float>(act);
+  to += offset * k;
+  if (add) {
+    if (is_clamp(act)) return f(Out<T, true, true>{to, k, k, shift, act, low, high, add + offset * k});
+    return f(Out<T, false, true>{to, k, k, shift, act, low, high, add + offset * k});
+  }
+  if (is_clamp(act)) return f(Out<T, true, false>{to, k, k, shift, act, low, high, nullptr});
+  f(Out<T, false, false>{to, k, k, shift, act, low, high, nullptr});
 }
+// The map between two convolutions: `cols` columns, `ld` apart.
 template <class T, class F>
-SEGFAST_INLINE void with_middle(T* to, int64_t cp, const float* shift, int64_t act, F f) {
-  if (is_clamp(act)) return f(Put<T, float, true>{to, cp, cp, shift, act});
-  f(Put<T, float, false>{to, cp, cp, shift, act});
+SEGFAST_INLINE void with_middle(T* to, int64_t ld, int64_t cols, const float* shift, int64_t act, F f) {
+  const float low = low_of<float>(act), high = high_of<float>(act);
+  if (is_clamp(act)) return f(Out<T, true, false>{to, ld, cols, shift, act, low, high, nullptr});
+  f(Out<T, false, false>{to, ld, cols, shift, act, low, high, nullptr});
 }
 
 // One step of a product: a word of a row, broadcast, times a vector of words of a panel.
@@ -134,7 +155,7 @@ struct Dot<BFloat16> {
 
 // Rows whose sums stay in registers; two vectors of a panel are two registers more where words are taken apart.
 template <class T>
-constexpr int kDotRows = SEGFAST_BYTES == 64 ? 12 : (sizeof(T) == 4 ? 6 : 4);
+constexpr int kDotRows = SEGFAST_BYTES == 64 ? 8 : (sizeof(T) == 4 ? 6 : 4);
 
 // Where the rows of a product's left side come from: `parts` runs of `depth` words each, a row's run p at a[p] (in elements);
 // the panel's rows for it from b[p] on.
@@ -147,14 +168,23 @@ template <class T, int M, int V, class P>
 SEGFAST_NOINLINE void micro_runs(const Runs& runs, const T* __restrict a, int64_t row, const float* __restrict b, int64_t width,
                                  int64_t first, int64_t col, const P put) {
   constexpr int L = lanes<float>;
-  Vec<float> acc[M][V] = {};
+  Vec<float> acc[M][V];
+#pragma GCC unroll 8
+  for (int j = 0; j < V; ++j) acc[0][j] = load(put.shift + col + j * L);
+#pragma GCC unroll 16
+  for (int i = 1; i < M; ++i) {
+#pragma GCC unroll 8
+    for (int j = 0; j < V; ++j) acc[i][j] = acc[0][j];
+  }
   for (int64_t part = 0; part < runs.parts; ++part) {
     const T* from = a + runs.a[part];
-    const float* panel = b + runs.b[part] * width;
+    const int64_t step = V * L == 32 ? 32 : width;
+    const float* panel = b + runs.b[part] * step;
+#pragma GCC unroll 4
     for (int64_t d = 0; d < runs.depth; ++d) {
       typename Dot<T>::Right bv[V];
 #pragma GCC unroll 8
-      for (int j = 0; j < V; ++j) bv[j] = Dot<T>::right(panel + d * width + j * L);
+      for (int j = 0; j < V; ++j) bv[j] = Dot<T>::right(panel + d * step + j * L);
 #pragma GCC unroll 16
       for (int i = 0; i < M; ++i) {
         const auto s = Dot<T>::left(from + i * row + d * kPerWord<T>);
@@ -163,20 +193,28 @@ SEGFAST_NOINLINE void micro_runs(const Runs& runs, const T* __restrict a, int64_
       }
     }
   }
-  const bool whole = col + V * L <= put.cols;
+  if constexpr (P::clamps) {
+    if (col + V * L <= put.cols) {
+#pragma GCC unroll 16
+      for (int i = 0; i < M; ++i) {
+        if constexpr (V == 2) {
+          put.put_pair(first + i, col, acc[i][0], acc[i][1]);
+        } else {
+          put.put(first + i, col, acc[i][0]);
+        }
+      }
+      return;
+    }
+  }
+  // Through memory: unrolled, the activations would be as much code as all else.
+  Vec<float> kept[M * V];
 #pragma GCC unroll 16
   for (int i = 0; i < M; ++i) {
 #pragma GCC unroll 8
-    for (int j = 0; j < V; ++j) {
-      if (whole) {
-        put(first + i, col + j * L, acc[i][j]);
-      } else if (col + (j + 1) * L <= put.cols) {
-        put(first + i, col + j * L, acc[i][j]);
-      } else {
-        put.part(first + i, col + j * L, acc[i][j]);
-      }
-    }
+    for (int j = 0; j < V; ++j) kept[i * V + j] = acc[i][j];
   }
+#pragma GCC unroll 1
+  for (int i = 0; i < M * V; ++i) put.put_part(first + i / V, col + i % V * L, kept[i]);
 }
 
 // rows x (the sum of the runs' depths) times panels of 32 columns, whose rows number `total` words.
@@ -214,16 +252,11 @@ template <class T>
 void separable_tiles(const PackedArgs<T>& o, int64_t begin, int64_t end, T* buffer) {
   for (int64_t t0 = begin; t0 < end; t0 += o.tile) {
     const int64_t t1 = t0 + o.tile < end ? t0 + o.tile : end;
-    const auto rows = [&](const auto& middle) {
+    with_middle(buffer, o.cp, o.g.c, o.dw_shift, o.dw_act, [&](const auto& middle) {
       each_row(o.g, t0, t1, [&](int64_t n, int64_t oy, int64_t ox0, int64_t ox1, int64_t offset) {
         depthwise_row(o.g, o.x, o.dw, o.cp, n, oy, ox0, ox1, offset, middle);
       });
-    };
-    if (is_clamp(o.dw_act)) {
-      rows(Put<T, float, true>{buffer, o.cp, o.g.c, o.dw_shift, o.dw_act});
-    } else {
-      rows(Put<T, float, false>{buffer, o.cp, o.g.c, o.dw_shift, o.dw_act});
-    }
+    });
     with_put(o.y, o.add, t0, o.g.k, o.pw_shift, o.act,
              [&](const auto& put) { plain_product(t1 - t0, o.g.c, buffer, o.cp, o.pw, o.kp, put); });
   }
@@ -263,9 +296,63 @@ SEGFAST_INLINE void gather(const Geometry& g, const T* image, int64_t iy, int64_
   }
 }
 
+// Row y of an image with a zero after every pixel, whose channels are odd in number: to [w][c + 1].
+template <class T>
+SEGFAST_INLINE void even_row(const PackedArgs<T>& o, int64_t n, int64_t y, T* to) {
+  const Geometry& g = o.g;
+  const int64_t step = o.planar ? 1 : g.c, plane = o.planar ? g.h * g.w : 1;
+  const T* from = o.planar ? o.x + (n * g.c * g.h + y) * g.w : o.x + (n * g.h + y) * g.w * g.c;
+  if (g.c == 3 && sizeof(T) == 2) {
+    const auto* word = reinterpret_cast<const uint16_t*>(from);
+    for (int64_t x = 0; x < g.w; ++x) {
+      const uint64_t a = word[x * step], b = word[x * step + plane], c = word[x * step + 2 * plane];
+      const uint64_t pixel = a | b << 16 | c << 32;
+      memcpy(to + 4 * x, &pixel, sizeof pixel);
+    }
+    return;
+  }
+  for (int64_t x = 0; x < g.w; ++x) {
+    for (int64_t c = 0; c < g.c; ++c) to[x * (g.c + 1) + c] = from[x * step + c * plane];
+    to[x * (g.c + 1) + g.c] = T(0);
+  }
+}
+
+// A dense convolution of pixels that are no whole number of words: rows [begin, end) of N * OH. The rows under the kernel are
+// kept in a ring, as in inverted_rows, each pixel with a zero more and between as many zero pixels as the kernel reaches out.
+template <class T>
+void odd_rows(const PackedArgs<T>& o, int64_t begin, int64_t end, T* ring) {
+  const Geometry& g = o.g;
+  const int64_t even = g.c + 1, slots = g.dh * (g.kh - 1) + 1, slot = (g.w + 2 * g.pw) * even;
+  for (int64_t i = 0; i < slots * slot; ++i) ring[i] = T(0);
+  int64_t from[64], panel[64];
+  int64_t next = 0, image = -1;
+  for (int64_t r = begin; r < end; ++r) {
+    const int64_t n = r / g.oh, iy = r % g.oh * g.sh - g.ph, bottom = iy + slots < g.h ? iy + slots : g.h;
+    if (n != image) next = 0, image = n;
+    next = next > iy ? next : iy;
+    for (; next < bottom; ++next) even_row(o, n, next, ring + next % slots * slot + g.pw * even);
+    int64_t parts = 0;
+    const int64_t wide = g.dw == 1 ? g.kw : 1;
+    for (int64_t ky = 0; ky < g.kh; ++ky) {
+      const int64_t y = iy + ky * g.dh;
+      if (y < 0 || y >= g.h) continue;
+      for (int64_t kx = 0; kx < g.kw; kx += wide) {
+        from[parts] = y % slots * slot + kx * g.dw * even;
+        panel[parts++] = (ky * g.kw + kx) * words<T>(g.c);
+      }
+    }
+    const Runs runs{parts, wide * words<T>(g.c), from, panel};
+    for (int64_t ox = 0; ox < g.ow; ox += o.tile) {
+      const int64_t stop = ox + o.tile < g.ow ? ox + o.tile : g.ow;
+      with_put(o.y, o.add, r * g.ow + ox, g.k, o.pw_shift, o.act, [&](const auto& put) {
+        runs_product(stop - ox, runs, ring + ox * g.sw * even, g.sw * even, o.pw, g.kh * g.kw * words<T>(g.c), o.kp, put);
+      });
+    }
+  }
+}
+
 // A dense convolution: rows [begin, end) of N * OH. The taps are part of the product's depth: where all of a pixel's columns lie
 // inside, its values are read where they are, else (the ends of a row) from a copy `patch` [kh * kw * c] with zeros outside.
-// Where a pixel is no whole number of words, always from copies, `patch` [tile][patch_row(kh * kw * c)].
 template <class T>
 void dense_rows(const PackedArgs<T>& o, int64_t begin, int64_t end, T* patch) {
   const Geometry& g = o.g;
@@ -274,35 +361,6 @@ void dense_rows(const PackedArgs<T>& o, int64_t begin, int64_t end, T* patch) {
   int64_t first = (g.pw + g.sw - 1) / g.sw, last = g.w - 1 - reach + g.pw < 0 ? 0 : (g.w - 1 - reach + g.pw) / g.sw + 1;
   first = first < g.ow ? first : g.ow;
   last = last < first ? first : (last < g.ow ? last : g.ow);
-  if (g.c % kPerWord<T>) {
-    const int64_t row = patch_row<T>(total), run = g.kw * g.c;
-    const T zeros[16] = {}, *stop = o.x + g.n * g.h * line;
-    const bool narrow = g.dw == 1 && run <= 16;
-    for (int64_t r = begin; r < end; ++r) {
-      const int64_t n = r / g.oh, iy = r % g.oh * g.sh - g.ph;
-      const T* image = o.x + n * g.h * line;
-      for (int64_t ox0 = 0; ox0 < g.ow; ox0 += o.tile) {
-        const int64_t ox1 = ox0 + o.tile < g.ow ? ox0 + o.tile : g.ow;
-        for (int64_t ox = ox0; ox < ox1; ++ox) {
-          T* to = patch + (ox - ox0) * row;
-          const T* from = image + iy * line + (ox * g.sw - g.pw) * g.c;
-          if (narrow && ox >= first && ox < last && stop - from >= (g.kh - 1) * g.dh * line + 16) {
-            // Sixteen at a time; what is too many the next run overwrites.
-            for (int64_t ky = 0; ky < g.kh; ++ky) {
-              const int64_t y = iy + ky * g.dh;
-              memcpy(to + ky * run, y >= 0 && y < g.h ? from + ky * g.dh * line : zeros, 16 * sizeof(T));
-            }
-          } else {
-            gather(g, image, iy, ox, to);
-          }
-          to[total] = T(0);
-        }
-        with_put(o.y, o.add, r * g.ow + ox0, g.k, o.pw_shift, o.act,
-                 [&](const auto& put) { plain_product(ox1 - ox0, total, patch, row, o.pw, o.kp, put); });
-      }
-    }
-    return;
-  }
   int64_t from[64], panel[64];
   for (int64_t r = begin; r < end; ++r) {
     const int64_t n = r / g.oh, iy = r % g.oh * g.sh - g.ph;
@@ -396,7 +454,7 @@ void inverted_rows(const PackedArgs<T>& o, int64_t begin, int64_t end, T* ring, 
           }
           from = line;
         }
-        with_middle(ring + next % slots * slot + (x0 - left) * o.cp, o.cp, o.expand_shift, o.expand_act,
+        with_middle(ring + next % slots * slot + (x0 - left) * o.cp, o.cp, o.cp, o.expand_shift, o.expand_act,
                     [&](const auto& put) { plain_product(x1 - x0, o.ci, from, lda, o.expand, o.cp, put); });
       }
       const T* rows[64];
@@ -404,7 +462,7 @@ void inverted_rows(const PackedArgs<T>& o, int64_t begin, int64_t end, T* ring, 
         const int64_t y = iy + ky * g.dh;
         rows[ky] = y >= 0 && y < g.h ? ring + y % slots * slot : nullptr;
       }
-      with_middle(middle, o.cp, o.dw_shift, o.dw_act,
+      with_middle(middle, o.cp, o.cp, o.dw_shift, o.dw_act,
                   [&](const auto& put) { depthwise_inside(g, rows, o.dw, o.cp, count, put); });
       with_put(o.y, o.add, (n * g.oh + oy) * g.ow + ox0, g.k, o.pw_shift, o.act,
                [&](const auto& put) { plain_product(count, g.c, middle, o.cp, o.pw, o.kp, put); });
@@ -459,7 +517,7 @@ class Packer {
   void panels(int64_t Header::* where, int64_t Header::* shift, const Tensor& weight, const Tensor& bias) {
     const Tensor w = torch::stable::contiguous(weight);
     const int64_t k = w.size(0), c = w.size(1), taps = w.size(2) * w.size(3), kp = padded(k), depth = c * taps;
-    const int64_t total = h_.bfloat16 ? words<BFloat16>(depth) : depth;
+    const int64_t a_tap = h_.bfloat16 ? words<BFloat16>(c) : c, total = a_tap * taps;
     float* to = section(where, kp * total);
     for (int64_t col0 = 0; col0 < kp; col0 += 32) {
       const int64_t width = std::min<int64_t>(32, kp - col0);
@@ -467,12 +525,12 @@ class Packer {
         const float* from = data<float>(w) + (col0 + j) * depth;
         for (int64_t t = 0; t < taps; ++t) {
           for (int64_t i = 0; i < c; ++i) {
-            const int64_t d = t * c + i;
             if (h_.bfloat16) {
               const BFloat16 value(from[i * taps + t]);
-              memcpy(reinterpret_cast<char*>(to + col0 * total + d / 2 * width + j) + d % 2 * sizeof value, &value, sizeof value);
+              memcpy(reinterpret_cast<char*>(to + col0 * total + (t * a_tap + i / 2) * width + j) + i % 2 * sizeof value, &value,
+                     sizeof value);
             } else {
-              to[col0 * total + d * width + j] = from[i * taps + t];
+              to[col0 * total + (t * c + i) * width + j] = from[i * taps + t];
             }
           }
         }
@@ -610,7 +668,8 @@ struct Call {
     const auto at = [&](int64_t offset) { return reinterpret_cast<const float*>(bytes + offset); };
     o.expand = at(h.expand), o.expand_shift = at(h.expand_shift), o.dw = at(h.dw), o.dw_shift = at(h.dw_shift);
     o.pw = at(h.pw), o.pw_shift = at(h.pw_shift);
-    x = contiguous_as(input, true);
+    o.planar = kind == kDense && g.c % kPerWord<T> != 0 && input.is_contiguous();
+    if (!o.planar) x = contiguous_as(input, true);
     y = empty({g.n, g.k, g.oh, g.ow}, dtype, x, true);
     if (more) {
       STD_TORCH_CHECK(more->is_cpu() && more->scalar_type() == dtype && more->dim() == 4 && more->size(0) == g.n &&
@@ -632,20 +691,23 @@ Tensor packed_conv(const Tensor& x, const Tensor& packed, Ints stride, Ints padd
   const Geometry& g = o.g;
   o.act = act, o.tile = tile_pixels(g.c * sizeof(T), 65536, 192);
   if (call.y.numel() == 0) return call.y;
-  const bool whole = g.c % kPerWord<T> == 0;
   if (call.kind == kDepthwise) {
     parallel_for(0, g.n * g.oh, 1, [&](int64_t begin, int64_t end) { SEGFAST_PACKED_CALL(T, depthwise_rows, o, begin, end); });
-  } else if (whole && g.kh * g.kw == 1 && g.sh == 1 && g.sw == 1 && g.ph == 0 && g.pw == 0) {
+  } else if (g.c % kPerWord<T> == 0 && g.kh * g.kw == 1 && g.sh == 1 && g.sw == 1 && g.ph == 0 && g.pw == 0) {
     const int64_t pixels = g.pixels(), tiles = (pixels + o.tile - 1) / o.tile;
     parallel_for(0, tiles, 1, [&](int64_t begin, int64_t end) {
       SEGFAST_PACKED_CALL(T, pointwise_tiles, o, begin * o.tile, std::min(end * o.tile, pixels));
     });
   } else {
-    const int64_t total = g.kh * g.kw * g.c, row = patch_row<T>(total);
-    if (!whole) o.tile = tile_pixels(row * sizeof(T));
+    const bool whole = g.c % kPerWord<T> == 0;
+    const int64_t size = whole ? g.kh * g.kw * g.c : (g.dh * (g.kh - 1) + 1) * (g.w + 2 * g.pw) * (g.c + 1);
     parallel_for(0, g.n * g.oh, 1, [&](int64_t begin, int64_t end) {
-      const Buffer<T> patch(whole ? total : o.tile * row, false);
-      SEGFAST_PACKED_CALL(T, dense_rows, o, begin, end, patch.p);
+      const Buffer<T> rows(size, false);
+      if (whole) {
+        SEGFAST_PACKED_CALL(T, dense_rows, o, begin, end, rows.p);
+      } else {
+        SEGFAST_PACKED_CALL(T, odd_rows, o, begin, end, rows.p);
+      }
     });
   }
   return call.y;

@@ -149,6 +149,20 @@ SEGFAST_INLINE void store_n(T* p, Vec<compute<T>> v, int n) {
   for (int i = 0; i < n; ++i) p[i] = narrow_to<T>(lane<A>(v, i));
 }
 
+// Two vectors, one after the other.
+template <class T>
+SEGFAST_INLINE void store_pair(T* p, Vec<compute<T>> v, Vec<compute<T>> w) {
+#if SEGFAST_DOT
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    const __m512bh both = _mm512_cvtne2ps_pbh((__m512)w, (__m512)v);
+    memcpy(p, &both, sizeof both);
+    return;
+  }
+#endif
+  store(p, v);
+  store(p + lanes<compute<T>>, w);
+}
+
 // exp within 2 ulp: 0 below 2^-126 (AVX-512: denormal there), infinity above 2^127, NaN kept. Round to n = x / ln 2 by adding
 // 1.5 * 2^23, whose low bits then hold n; a polynomial for the rest.
 #ifdef __GNUC__

@@ -173,6 +173,8 @@ class Builder:
         geometry = (list(spatial.stride), list(spatial.padding), list(spatial.dilation))
         acts = [part.act.code for part in parts]
         how = kernel.name().partition(".")[0]
+        if len(step.inputs) == 1 and step.inputs[0].shape[1] % 2 and len(parts) == 1:  # the kernel takes an image as it is
+            return how, lambda x: kernel(x, packed, *geometry, *acts, None), step.inputs
         if len(step.inputs) == 1:
             return how, lambda x: kernel(x.contiguous(memory_format=CHANNELS_LAST), packed, *geometry, *acts, None), step.inputs
 
@@ -312,6 +314,8 @@ class Builder:
         if x.shape == shape:
             self.owned.discard(step.output)
             return "nothing: the same size", lambda x: x, step.inputs
+        if x.shape[2:] == (1, 1) and 0 not in shape:  # its layout says nothing; a map that is not channels_last costs its readers
+            return "ATen, expanded", lambda x: x.expand(shape).contiguous(memory_format=CHANNELS_LAST), step.inputs
         kernel = aten.upsample_bilinear2d.out
 
         def run(x):
