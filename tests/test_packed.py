@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,7 +15,7 @@ pytestmark = pytest.mark.skipif(
     _backend._C is None or _backend.requested == "reference", reason="no kernels: nothing is packed without them"
 )
 if _backend._C is not None:
-    import segfast.ops._packed  # noqa: F401
+    from segfast.ops._packed import Int8Conv, int8_block, int8_block_reference, int8_conv_reference
 
 ACTS = [lambda x: x, F.relu, F.relu6, F.silu, F.hardswish]
 SETS = _backend._C.cpu_features()["kernel_sets"] if _backend._C is not None else []
@@ -188,6 +190,137 @@ def test_wrong_arguments_raise():
         ("groups", lambda: OPS.pack_conv(torch.randn(8, 1, 3, 3), torch.randn(8), 2)),
         ("taps", lambda: OPS.pack_conv(torch.randn(8, 4, 9, 9), torch.randn(8), 1)),
         ("fit", lambda: OPS.pack_ds_conv(*weight(4, 1, 3), *weight(8, 5))),
+    ]
+    for message, call in wrong:
+        with pytest.raises(RuntimeError, match=message):
+            call()
+
+
+def int8_conv(k: int, c: int, size: int, act: int, zero: int, extreme: bool = False) -> Int8Conv:
+    """Random weights and a bias, and a scale of the result that spreads it over the 256 values."""
+    if extreme:
+        weight = torch.tensor([-128, 127], dtype=torch.int8)[torch.randint(0, 2, (k, c, size, size))]
+    else:
+        weight = torch.randint(-128, 128, (k, c, size, size), dtype=torch.int8)
+    scale = torch.rand(k) * 0.02 + 0.001
+    out = 0.02 * 0.01 * 100 * 50 * (c * size * size) ** 0.5 / 64
+    return Int8Conv(weight, scale, torch.randn(k), act, out, zero)
+
+
+def int8_maps(kind: str, shape: tuple, extreme: bool = False):
+    """(channels of x, groups, convolutions) of a kind of block."""
+    _, c, e, k, _, _, size = shape[:7]
+    zeros = [0, 64, 128, 7]
+    act = (0, 1, 2)
+    if kind == "dense":
+        return c, 1, [int8_conv(k, c, size, 0, 100, extreme)]
+    if kind == "pointwise":
+        return c, 1, [int8_conv(k, c, 1, 1, 3, extreme)]
+    if kind == "depthwise":
+        return c, c, [int8_conv(c, 1, size, 2, zeros[c % 4], extreme)]
+    if kind == "separable":
+        return c, c, [int8_conv(c, 1, size, act[c % 3], 40, extreme), int8_conv(k, c, 1, act[k % 3], 90, extreme)]
+    convs = [int8_conv(e, c, 1, act[e % 3], 11, extreme), int8_conv(e, 1, size, 2, 0, extreme)]
+    return c, e, [*convs, int8_conv(k, e, 1, 0, 128, extreme)]
+
+
+def same_on_threads(run, *args) -> torch.Tensor:
+    before = _backend._C.kernel_calls()["packed_int8"]
+    y = run(*args)
+    assert _backend._C.kernel_calls()["packed_int8"] == before + 1, "the kernel answered, not the reference"
+    for number in (1, 2):
+        torch.set_num_threads(number)
+        assert torch.equal(run(*args), y)
+    return y
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("kind", ["dense", "depthwise", "pointwise", "separable", "inverted"])
+def test_int8_has_the_bits_of_its_reference(kernel_set, kind, shape):
+    torch.manual_seed(0)
+    n, _, _, _, h, w, _, stride, padding, dilation = shape
+    geometry = ((1, 1), (0, 0), (1, 1)) if kind == "pointwise" else tuple((v, v) for v in (stride, padding, dilation))
+    for x_zero, extreme in ((0, False), (255, True), (131, False)):
+        c, groups, convs = int8_maps(kind, shape, extreme)
+        run = int8_block(0.02, x_zero, convs, stride=geometry[0], padding=geometry[1], dilation=geometry[2], groups=groups)
+        x = last(torch.randint(0, 256, (n, c, h, w), dtype=torch.uint8))
+        want = int8_block_reference(x, 0.02, x_zero, convs, *geometry, groups)
+        assert torch.equal(same_on_threads(run, x), want)
+        add = last(torch.randint(0, 256, want.shape, dtype=torch.uint8))
+        want = int8_block_reference(x, 0.02, x_zero, convs, *geometry, groups, add, 0.05, 77)
+        assert torch.equal(same_on_threads(run, x, add, 0.05, 77), want)
+        if n and not extreme:
+            assert len(want.unique()) > 8, "the results say something"
+
+
+def test_int8_of_every_value_with_extreme_weights(kernel_set):
+    """All 256 activations by the weights of the largest sums, for every zero point of a coarse grid and every activation."""
+    x = last(torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(1, 8, 16, 16))
+    weights = torch.tensor([-128, -127, -1, 0, 1, 126, 127], dtype=torch.int8)
+    for zero in (0, 1, 127, 128, 254, 255):
+        for act in (0, 1, 2):
+            for out_scale in (1e-3, 0.02, 3.0):
+                column = weights.view(-1, 1, 1, 1).expand(7, 8, 1, 1)
+                plain = Int8Conv(column, torch.full((7,), 0.01), torch.zeros(7), act, out_scale, 255 - zero)
+                want = int8_conv_reference(x, 0.05, zero, plain)
+                assert torch.equal(int8_block(0.05, zero, [plain])(x), want)
+                depthwise = Int8Conv(
+                    weights[torch.arange(8) % 7].view(8, 1, 1, 1).expand(8, 1, 3, 3).contiguous(),
+                    torch.full((8,), 0.01), torch.zeros(8), act, out_scale, 255 - zero,
+                )  # fmt: skip
+                want = int8_conv_reference(x, 0.05, zero, depthwise, padding=(1, 1), groups=8)
+                assert torch.equal(int8_block(0.05, zero, [depthwise], padding=(1, 1), groups=8)(x), want)
+
+
+def test_int8_sums_do_not_saturate(kernel_set):
+    """Sums of two products of bytes go beyond 16 bits, and of 2,048 to 2^26."""
+    for weight in (-128, 127):
+        conv = Int8Conv(torch.full((5, 2048, 1, 1), weight, dtype=torch.int8), torch.ones(5), torch.zeros(5), 0, 1e6, 128)
+        x = last(torch.full((1, 2048, 2, 3), 255, dtype=torch.uint8))
+        y = int8_block(1.0, 0, [conv])(x)
+        assert torch.equal(y, torch.full_like(y, 128 + round(255 * 2048 * weight / 1e6)))
+
+
+def test_int8_halves_go_to_the_even_integer(kernel_set):
+    conv = Int8Conv(torch.ones(1, 1, 1, 1, dtype=torch.int8), torch.ones(1), torch.zeros(1), 0, 2.0, 0)
+    x = last(torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16))
+    want = [(q // 2) + (q % 4 == 3) for q in range(256)]
+    assert int8_block(1.0, 0, [conv])(x).flatten().tolist() == want
+
+
+def test_int8_is_within_a_step_of_the_real_block():
+    """Quantised maps between the convolutions and all: the error against real arithmetic is that of rounding each map once."""
+    torch.manual_seed(0)
+    conv = int8_conv(24, 16, 1, 1, 0)
+    x = last(torch.randint(0, 256, (1, 16, 9, 9), dtype=torch.uint8))
+    real = F.conv2d((x.double() - 128) * 0.02, conv.weight.double() * conv.scale.double().view(-1, 1, 1, 1), conv.bias.double())
+    y = int8_block(0.02, 128, [conv])(x).double() * conv.out_scale
+    assert (y - real.clamp(0, 255 * conv.out_scale)).abs().max() <= conv.out_scale
+
+
+def test_int8_wrong_arguments_raise():
+    conv = int8_conv(8, 4, 3, 1, 0)
+    x = last(torch.randint(0, 256, (1, 4, 5, 5), dtype=torch.uint8))
+    run = int8_block(0.1, 0, [conv])
+    assert run(x).shape == (1, 8, 3, 3)
+    wrong = [
+        ("uint8", lambda: run(x.float())),
+        ("channels", lambda: run(x[:, :3])),
+        ("add", lambda: run(x, x)),
+        ("zero point", lambda: run(x, run(x), 0.1, 256)),
+        ("zero points", lambda: int8_block(0.1, -1, [conv])),
+        ("scales", lambda: int8_block(0.0, 0, [conv])),
+        ("activation", lambda: int8_block(0.1, 0, [replace(conv, act=3)])),
+        ("int8", lambda: int8_block(0.1, 0, [replace(conv, weight=conv.weight.float())])),
+        ("scales > 0", lambda: int8_block(0.1, 0, [replace(conv, scale=-conv.scale)])),
+        ("finite", lambda: int8_block(0.1, 0, [replace(conv, bias=conv.bias / 0)])),
+        ("bias", lambda: int8_block(0.1, 0, [replace(conv, bias=conv.bias[:4])])),
+        ("32768", lambda: int8_block(0.1, 0, [int8_conv(1, 32769, 1, 0, 0)])),
+        ("groups", lambda: int8_block(0.1, 0, [conv], groups=2)),
+        ("1 x 1", lambda: int8_block(0.1, 0, [int8_conv(4, 1, 3, 0, 0), conv], groups=4)),
+        ("one to three", lambda: int8_block(0.1, 0, [])),
+        ("fits", lambda: int8_block(0.1, 0, [conv], dilation=(3, 3))(x)),
+        ("pack_int8", lambda: OPS.packed_int8(x, x.flatten(), [1, 1], [0, 0], [1, 1])),
     ]
     for message, call in wrong:
         with pytest.raises(RuntimeError, match=message):

@@ -62,6 +62,7 @@ SEGFAST_INLINE float widen(BFloat16 x) {
   memcpy(&y, &bits, 4);
   return y;
 }
+SEGFAST_INLINE float widen(uint8_t x) { return x; }
 SEGFAST_INLINE float widen(Half x) { return static_cast<float>(x); }
 
 template <class T>
@@ -79,6 +80,33 @@ SEGFAST_INLINE void store(double* p, Vec<double> v) { *reinterpret_cast<VecOf<do
 typedef uint32_t U32 __attribute__((vector_size(SEGFAST_BYTES)));
 typedef int32_t I32 __attribute__((vector_size(SEGFAST_BYTES)));
 typedef uint16_t U16 __attribute__((vector_size(SEGFAST_BYTES / 2)));
+typedef uint8_t U8 __attribute__((vector_size(SEGFAST_BYTES / 4)));
+
+SEGFAST_INLINE Vec<float> to_float(I32 v) { return __builtin_convertvector(v, Vec<float>); }
+SEGFAST_INLINE I32 to_int(Vec<float> v) { return __builtin_convertvector(v, I32); }
+SEGFAST_INLINE Vec<float> load(const uint8_t* p) {
+  U8 bytes;
+  memcpy(&bytes, p, sizeof bytes);
+  return to_float(__builtin_convertvector(bytes, I32));
+}
+// The low bytes.
+SEGFAST_INLINE void store(uint8_t* p, I32 v) {
+  const U8 bytes = __builtin_convertvector(v, U8);
+  memcpy(p, &bytes, sizeof bytes);
+}
+// To the nearest integer, halves to the even one; for values within 2^22 of zero.
+SEGFAST_INLINE I32 round_to_int(Vec<float> v) { return (I32)(v + 12582912.0f) - 0x4b400000; }
+// Keeps the compiler from fusing the product v with an addition: every kernel set rounds alike.
+SEGFAST_INLINE Vec<float> rounded(Vec<float> v) {
+#if defined(__x86_64__) && SEGFAST_BYTES == 64
+  asm("" : "+v"(v));
+#elif defined(__x86_64__)
+  asm("" : "+x"(v));
+#elif defined(__aarch64__)
+  asm("" : "+w"(v));
+#endif
+  return v;
+}
 
 SEGFAST_INLINE Vec<float> load(const BFloat16* p) {
   U16 half;
@@ -99,6 +127,14 @@ SEGFAST_INLINE void store(BFloat16* p, Vec<float> v) {
 #endif
 }
 #else
+using I32 = int32_t;
+using U32 = uint32_t;
+SEGFAST_INLINE Vec<float> to_float(I32 v) { return static_cast<float>(v); }
+SEGFAST_INLINE I32 to_int(Vec<float> v) { return static_cast<int32_t>(v); }
+SEGFAST_INLINE Vec<float> load(const uint8_t* p) { return *p; }
+SEGFAST_INLINE void store(uint8_t* p, I32 v) { *p = static_cast<uint8_t>(v); }
+SEGFAST_INLINE I32 round_to_int(Vec<float> v) { return static_cast<int32_t>(::nearbyintf(v)); }
+SEGFAST_INLINE Vec<float> rounded(Vec<float> v) { return v; }
 SEGFAST_INLINE Vec<float> load(const BFloat16* p) { return widen(*p); }
 SEGFAST_INLINE void store(BFloat16* p, Vec<float> v) { *p = BFloat16(v); }
 #endif

@@ -1,4 +1,4 @@
-"""Private inference ops over weights packed once: schemas. CPU, channels_last, float32 or bfloat16, no gradients.
+"""Private inference ops over weights packed once: schemas. CPU, channels_last, float32, bfloat16 or int8, no gradients.
 
 Importing this module defines `torch.ops.segfast.pack_*` and `packed_*`; activations are the numbers of `ds_conv.ACTIVATIONS`.
 Weights are given in float32 and packed for the dtype of the maps: in bfloat16 those of the products are rounded to it. A packed
@@ -8,19 +8,126 @@ are to be called on real tensors only, never inside a graph that is traced.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from segfast import _backend
 
 _GEOMETRY = "SymInt[] stride, SymInt[] padding, SymInt[] dilation"
 _SCHEMAS = {
     "pack_conv": "(Tensor weight, Tensor bias, int groups, ScalarType? dtype=None) -> Tensor",
-    "pack_ds_conv": "(Tensor dw_weight, Tensor dw_bias, Tensor pw_weight, Tensor pw_bias, "
-    "ScalarType? dtype=None) -> Tensor",
+    "pack_ds_conv": "(Tensor dw_weight, Tensor dw_bias, Tensor pw_weight, Tensor pw_bias, ScalarType? dtype=None) -> Tensor",
     "pack_inverted_residual": "(Tensor expand_weight, Tensor expand_bias, Tensor dw_weight, Tensor dw_bias, "
     "Tensor project_weight, Tensor project_bias, ScalarType? dtype=None) -> Tensor",
     "packed_conv": f"(Tensor x, Tensor packed, {_GEOMETRY}, int act, Tensor? add=None) -> Tensor",
     "packed_ds_conv": f"(Tensor x, Tensor packed, {_GEOMETRY}, int dw_act, int act, Tensor? add=None) -> Tensor",
     "packed_inverted_residual": f"(Tensor x, Tensor packed, {_GEOMETRY}, int expand_act, int dw_act, int act, "
     "Tensor? add=None) -> Tensor",
+    "pack_int8": "(Tensor[] weights, Tensor[] scales, Tensor[] biases, int groups, int[] acts, Tensor map_scales, "
+    "int[] map_zeros) -> Tensor",
+    "packed_int8": f"(Tensor x, Tensor packed, {_GEOMETRY}, Tensor? add=None, float add_scale=1.0, int add_zero=0) -> Tensor",
 }
 for _name, _schema in _SCHEMAS.items():
     torch.library.define(f"segfast::{_name}", _schema)
+
+Pair = tuple[int, int]
+MOST_BIAS = 2.0**30  # of the sums' 32 bits
+
+
+@dataclass(frozen=True)
+class Int8Conv:
+    """A quantised convolution and the map that it gives.
+
+    weight: int8 (K, C / groups, kh, kw), symmetric; scale: float32 (K,), of the weights; bias: float32 (K,), real values.
+    act: of `ds_conv.ACTIVATIONS`, none, ReLU or ReLU6 alone. out_scale, out_zero: a real value is out_scale (q - out_zero).
+    """
+
+    weight: Tensor
+    scale: Tensor
+    bias: Tensor
+    act: int
+    out_scale: float
+    out_zero: int
+
+
+def int8_conv_reference(
+    x: Tensor, x_scale: float, x_zero: int, conv: Int8Conv, *, stride: Pair = (1, 1), padding: Pair = (0, 0),
+    dilation: Pair = (1, 1), groups: int = 1, add: Tensor | None = None, add_scale: float = 1.0, add_zero: int = 0,
+) -> Tensor:  # fmt: skip
+    """What a quantised convolution is, to the bit.
+
+    s = sum of (x - x_zero) w + round(bias / (x_scale scale)), an integer
+    y = out_zero + round(clamp(float32(s) m [+ (add - add_zero) a])), m = x_scale scale / out_scale, a = add_scale / out_scale
+
+    m and a are rounded to float32 and so is each product and the sum; halves are rounded to the even integer; the clamp is that
+    of uint8 and the activation (of ReLU6 6 / out_scale, rounded). Padding is x_zero.
+    """
+    scale = x_scale * conv.scale.double()
+    whole = F.conv2d(x.double() - x_zero, conv.weight.double(), None, stride, padding, dilation, groups)
+    whole += (conv.bias.double() / scale).clamp(-MOST_BIAS, MOST_BIAS).round().view(1, -1, 1, 1)
+    value = whole.float() * (scale / conv.out_scale).float().view(1, -1, 1, 1)
+    if add is not None:
+        value = value + (add.float() - add_zero) * torch.tensor(add_scale / conv.out_scale, dtype=torch.float64).float()
+    low = 0 if conv.act else -conv.out_zero
+    high = min(255 - conv.out_zero, round(6 / conv.out_scale) if conv.act == 2 else 255)
+    y = (value.clamp(low, high).round() + conv.out_zero).to(torch.uint8)
+    return y.contiguous(memory_format=torch.channels_last)
+
+
+def int8_block_reference(
+    x: Tensor, x_scale: float, x_zero: int, convs: list[Int8Conv], stride: Pair, padding: Pair, dilation: Pair, groups: int,
+    add: Tensor | None = None, add_scale: float = 1.0, add_zero: int = 0,
+) -> Tensor:  # fmt: skip
+    """A convolution, a depthwise and a 1x1 one, or a 1x1 one before them: what `int8_block` computes."""
+    spatial = 1 if len(convs) == 3 else 0
+    for i, conv in enumerate(convs):
+        at = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups} if i == spatial else {}
+        more = {"add": add, "add_scale": add_scale, "add_zero": add_zero} if i + 1 == len(convs) else {}
+        x = int8_conv_reference(x, x_scale, x_zero, conv, **at, **more)
+        x_scale, x_zero = conv.out_scale, conv.out_zero
+    return x
+
+
+def int8_block(
+    x_scale: float, x_zero: int, convs: list[Int8Conv], *, stride: Pair = (1, 1), padding: Pair = (0, 0),
+    dilation: Pair = (1, 1), groups: int = 1,
+) -> Callable[..., Tensor]:  # fmt: skip
+    """One, two or three quantised convolutions as one function of uint8 maps, its weights packed now.
+
+    For what a quantised graph has between quantised maps: a convolution (groups 1, or depthwise), a depthwise and a 1x1 one, or a
+    1x1, a depthwise and a 1x1 one; the geometry is that of the depthwise convolution or the single one. The maps between them
+    never leave the cache.
+
+    Returns:
+        run(x, add=None, add_scale=1.0, add_zero=0) -> uint8 map, channels_last; `add` is a quantised map of the result's shape,
+        added before the last activation. The bits are those of `int8_block_reference` on every kernel set and thread count; where
+        nothing is compiled it is what runs.
+
+    Raises:
+        RuntimeError: weights, scales or zero points that do not fit, or an activation other than none, ReLU and ReLU6.
+    """
+    if not _backend.has_compiled("packed_int8", "CPU"):
+
+        def run(x: Tensor, add: Tensor | None = None, add_scale: float = 1.0, add_zero: int = 0) -> Tensor:
+            return int8_block_reference(x, x_scale, x_zero, convs, stride, padding, dilation, groups, add, add_scale, add_zero)
+
+        return run
+    packed = torch.ops.segfast.pack_int8.default(
+        [c.weight for c in convs],
+        [c.scale for c in convs],
+        [c.bias for c in convs],
+        groups,
+        [c.act for c in convs],
+        torch.tensor([x_scale, *(c.out_scale for c in convs)], dtype=torch.float64),
+        [x_zero, *(c.out_zero for c in convs)],
+    )
+    kernel = torch.ops.segfast.packed_int8.default
+
+    def run(x: Tensor, add: Tensor | None = None, add_scale: float = 1.0, add_zero: int = 0) -> Tensor:
+        return kernel(x, packed, stride, padding, dilation, add, add_scale, add_zero)
+
+    return run
