@@ -119,6 +119,14 @@ SEGFAST_INLINE void copy_pixels(const uint8_t* from, int64_t count, int64_t c, i
     memcpy(to, from, static_cast<size_t>(count * c));
     return;
   }
+  if (c == 3 && lda == 4) {  // an image
+    for (int64_t i = 0; i < count; ++i) {
+      const uint32_t pixel =
+          from[3 * i] | static_cast<uint32_t>(from[3 * i + 1]) << 8 | static_cast<uint32_t>(from[3 * i + 2]) << 16;
+      memcpy(to + 4 * i, &pixel, sizeof pixel);
+    }
+    return;
+  }
   for (int64_t i = 0; i < count; ++i) memcpy(to + i * lda, from + i * c, static_cast<size_t>(c));
 }
 

@@ -84,15 +84,29 @@ typedef uint8_t U8 __attribute__((vector_size(SEGFAST_BYTES / 4)));
 
 SEGFAST_INLINE Vec<float> to_float(I32 v) { return __builtin_convertvector(v, Vec<float>); }
 SEGFAST_INLINE I32 to_int(Vec<float> v) { return __builtin_convertvector(v, I32); }
+// Between bytes and words of 32 bits GCC's own conversion goes lane by lane.
 SEGFAST_INLINE Vec<float> load(const uint8_t* p) {
+#if SEGFAST_BYTES == 64
+  return (Vec<float>)_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+#elif SEGFAST_BYTES == 32
+  return (Vec<float>)_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+#else
   U8 bytes;
   memcpy(&bytes, p, sizeof bytes);
   return to_float(__builtin_convertvector(bytes, I32));
+#endif
 }
-// The low bytes.
+// Values from 0 to 255.
 SEGFAST_INLINE void store(uint8_t* p, I32 v) {
+#if SEGFAST_BYTES == 64
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8((__m512i)v));
+#elif SEGFAST_BYTES == 32
+  const __m128i words = _mm_packus_epi32(_mm256_castsi256_si128((__m256i)v), _mm256_extracti128_si256((__m256i)v, 1));
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packus_epi16(words, words));
+#else
   const U8 bytes = __builtin_convertvector(v, U8);
   memcpy(p, &bytes, sizeof bytes);
+#endif
 }
 // To the nearest integer, halves to the even one; for values within 2^22 of zero.
 SEGFAST_INLINE I32 round_to_int(Vec<float> v) { return (I32)(v + 12582912.0f) - 0x4b400000; }
