@@ -84,7 +84,6 @@ typedef uint8_t U8 __attribute__((vector_size(SEGFAST_BYTES / 4)));
 
 SEGFAST_INLINE Vec<float> to_float(I32 v) { return __builtin_convertvector(v, Vec<float>); }
 SEGFAST_INLINE I32 to_int(Vec<float> v) { return __builtin_convertvector(v, I32); }
-// Between bytes and words of 32 bits GCC's own conversion goes lane by lane.
 SEGFAST_INLINE Vec<float> load(const uint8_t* p) {
 #if SEGFAST_BYTES == 64
   return (Vec<float>)_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
@@ -122,10 +121,17 @@ SEGFAST_INLINE Vec<float> rounded(Vec<float> v) {
   return v;
 }
 
+// GCC's own conversions between words of different widths go by halves or lane by lane.
 SEGFAST_INLINE Vec<float> load(const BFloat16* p) {
+#if SEGFAST_BYTES == 64
+  return (Vec<float>)((U32)_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))) << 16);
+#elif SEGFAST_BYTES == 32
+  return (Vec<float>)((U32)_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))) << 16);
+#else
   U16 half;
   memcpy(&half, p, sizeof half);
   return (Vec<float>)(__builtin_convertvector(half, U32) << 16);
+#endif
 }
 // Round to nearest even; NaN stays NaN.
 SEGFAST_INLINE void store(BFloat16* p, Vec<float> v) {
@@ -136,8 +142,13 @@ SEGFAST_INLINE void store(BFloat16* p, Vec<float> v) {
   const U32 bits = (U32)v;
   const U32 rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   const U32 nan = (bits >> 16) | 0x40u;
-  const U16 half = __builtin_convertvector((U32)(v == v ? (I32)rounded : (I32)nan), U16);
+  const U32 words = (U32)(v == v ? (I32)rounded : (I32)nan);
+#if SEGFAST_BYTES == 64
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16((__m512i)words));
+#else
+  const U16 half = __builtin_convertvector(words, U16);
   memcpy(p, &half, sizeof half);
+#endif
 #endif
 }
 #else

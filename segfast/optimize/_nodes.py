@@ -108,9 +108,6 @@ def named(graph: Graph, step: Convolution, *more) -> tuple | None:
 PACKED = {op for op in ("packed_conv", "packed_ds_conv", "packed_inverted_residual") if _backend.has_compiled(op, "CPU")}
 
 
-PACKED_DTYPES = (torch.float32, torch.bfloat16)
-
-
 def has(op: str) -> bool:
     return op in PACKED or "cpu" in _backend.table.get(op, {})
 
@@ -121,12 +118,23 @@ def onednn(dtype: torch.dtype) -> bool:
     return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
+def packs(dtype: torch.dtype) -> bool:
+    """Whether the kernels over packed weights are taken in this dtype.
+
+    In bfloat16 where they have dot products of pairs, and oneDNN has no matrix tiles (AMX), or where oneDNN has no bfloat16.
+    """
+    if dtype == torch.bfloat16 and onednn(dtype):
+        tiles = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
+        return not tiles and _backend._C is not None and _backend._C.cpu_features()["kernel_set"] == "avx512bf16"
+    return dtype in (torch.float32, torch.bfloat16)
+
+
 class Builder:
     """Makes the function of a step for the sizes of one graph."""
 
     def __init__(self, graph: Graph, weights: Weights, class_dtype: torch.dtype | None):
         self.graph, self.weights, self.class_dtype = graph, weights, class_dtype
-        self.onednn = onednn(weights.dtype)
+        self.onednn, self.packs = onednn(weights.dtype), packs(weights.dtype)
         self.owned: set[Op] = set()  # results that only their readers hold: the last one may overwrite them
 
     def build(self, step: Step) -> tuple[str, Run, list[Op]]:
@@ -142,7 +150,7 @@ class Builder:
 
     def packable(self, step: Step) -> bool:
         """Whether the dtype is that of the kernels over packed weights."""
-        return self.native(step) and self.weights.dtype in PACKED_DTYPES
+        return self.native(step) and self.packs
 
     # -- convolutions
 
