@@ -174,6 +174,13 @@ class Classes(nn.Module):
         return self.network(x).argmax(1)
 
 
+def test_a_depthwise_kernel_too_large_for_ours():
+    torch.manual_seed(0)
+    model = randomised(nn.Sequential(ConvBNAct(3, 8, 3), nn.Conv2d(8, 8, 9, padding=4, groups=8), nn.ReLU(), ConvBNAct(8, 16, 1)))
+    optimized = check(model, torch.randn(1, 3, 24, 30))
+    assert "separable" not in str(optimized.explain())
+
+
 def test_explanation(small):
     optimized = segfast.optimize(Classes(small).eval(), torch.randn(1, 3, 32, 48))
     explanation = optimized.explain()

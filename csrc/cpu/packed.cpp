@@ -53,7 +53,7 @@ struct Out {
     if constexpr (Clamp) return clamp<float>(v, splat(low), splat(high));
     return activate<float>(v, act);
   }
-  // The value without the shift, from which the sums of a product start.
+  // The value has the shift: a product's micro-kernel adds it.
   SEGFAST_INLINE void put(int64_t i, int64_t col, Vec<float> v) const {
     if constexpr (Add) v += load(more + i * ld + col);
     store(to + i * ld + col, value(v));

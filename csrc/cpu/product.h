@@ -20,7 +20,8 @@ constexpr int64_t words(int64_t n) {
 #ifdef SEGFAST_KERNELS
 namespace segfast::SEGFAST_ISA {
 
-// One step of a product: a word of a row, broadcast, times a vector of words of a panel.
+// One step of a product: a word of a row, broadcast, times a vector of words of a panel. The shift comes last where sums round:
+// every step after it would round to its size.
 template <class T>
 struct Dot;
 template <>
@@ -28,7 +29,8 @@ struct Dot<float> {
   using Sum = Vec<float>;
   using Left = float;
   using Right = Vec<float>;
-  static SEGFAST_INLINE Sum start(const float* p) { return load(p); }
+  static SEGFAST_INLINE Sum start(const float*) { return Sum{}; }
+  static SEGFAST_INLINE Sum finish(Sum sum, const float* shift) { return sum + load(shift); }
   static SEGFAST_INLINE Left left(const float* p) { return *p; }
   static SEGFAST_INLINE Right right(const float* p) { return load(p); }
   static SEGFAST_INLINE Vec<float> add(Vec<float> sum, Left a, Right b) { return sum + b * a; }
@@ -39,7 +41,8 @@ struct Dot<BFloat16> {
   using Sum = Vec<float>;
   using Left = __m512bh;
   using Right = __m512bh;
-  static SEGFAST_INLINE Sum start(const float* p) { return load(p); }
+  static SEGFAST_INLINE Sum start(const float*) { return Sum{}; }
+  static SEGFAST_INLINE Sum finish(Sum sum, const float* shift) { return sum + load(shift); }
   static SEGFAST_INLINE Left left(const BFloat16* p) {
     int word;
     memcpy(&word, p, sizeof word);
@@ -60,7 +63,8 @@ struct Dot<BFloat16> {
   struct Right {
     Vec<float> low, high;
   };
-  static SEGFAST_INLINE Sum start(const float* p) { return load(p); }
+  static SEGFAST_INLINE Sum start(const float*) { return Sum{}; }
+  static SEGFAST_INLINE Sum finish(Sum sum, const float* shift) { return sum + load(shift); }
   static SEGFAST_INLINE Left left(const BFloat16* p) { return {widen(p[0]), widen(p[1])}; }
 #ifdef __GNUC__
   static SEGFAST_INLINE Right right(const float* p) {
@@ -87,6 +91,7 @@ struct Dot<uint8_t> {
     memcpy(&v, p, sizeof v);
     return v;
   }
+  static SEGFAST_INLINE Sum finish(Sum sum, const int32_t*) { return sum; }
 #if SEGFAST_DOT
   using Left = __m512i;
   using Right = __m512i;
@@ -185,6 +190,12 @@ SEGFAST_NOINLINE void micro_runs(const Runs& runs, const T* __restrict a, int64_
         for (int j = 0; j < V; ++j) acc[i][j] = Dot<T>::add(acc[i][j], s, bv[j]);
       }
     }
+  }
+#pragma GCC unroll 8
+  for (int j = 0; j < V; ++j) {
+    const auto* shift = put.shift + col + j * L;
+#pragma GCC unroll 16
+    for (int i = 0; i < M; ++i) acc[i][j] = Dot<T>::finish(acc[i][j], shift);
   }
   if constexpr (P::clamps) {
     if (col + V * L <= put.cols) {
