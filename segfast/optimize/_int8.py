@@ -59,9 +59,9 @@ def lower_int8(quantized: fx.GraphModule) -> fx.GraphModule:
     """A copy of a PT2E-quantised graph (`convert_pt2e`) whose quantised convolutions run on the int8 kernels.
 
     A convolution (dense, or depthwise) of a uint8 map by int8 weights a channel, with its ReLU or ReLU6 and the quantised map
-    that is added, becomes one call; a depthwise and a 1x1 one, or a 1x1, a depthwise and a 1x1 one, whose maps nothing else reads,
-    become one call too. All else runs as it was, its quantising in one pass. A result is the graph's own but for the rounding of
-    values within float32's error of a half.
+    that is added, becomes one call; a depthwise and a 1x1 one, or a 1x1, a depthwise and a 1x1 one, whose maps nothing else
+    reads, become one call too. All else runs as it was. A result is the graph's own but for the
+    rounding of values within float32's error of a half.
 
     `segfast.deploy.Quantized` has such a graph as `graph`: `lowered = lower_int8(quantized.graph)` takes its place for
     inference on the CPU. `lowered.int8_calls` says how many convolutions each call has.
@@ -101,12 +101,7 @@ def lower_int8(quantized: fx.GraphModule) -> fx.GraphModule:
             other.add = tuple(call if a is node else a for a in other.add)
         graph.erase_node(node)
     for node in list(graph.nodes):
-        if named(node, "quantize_per_tensor") and tuple(node.args[3:6]) == BYTES:
-            with graph.inserting_before(node):
-                call = graph.call_function(quantize, tuple(node.args[:3]))
-            node.replace_all_uses_with(call)
-            graph.erase_node(node)
-        elif named(node, "dequantize_per_channel") and constant(node.args[0], module) is not None:
+        if named(node, "dequantize_per_channel") and constant(node.args[0], module) is not None:
             with torch.no_grad():
                 weight = node.target(*(constant(v, module) if isinstance(v, fx.Node) else v for v in node.args))
             module.register_buffer(f"{node.name}_value", weight)
@@ -117,10 +112,6 @@ def lower_int8(quantized: fx.GraphModule) -> fx.GraphModule:
     graph.eliminate_dead_code()
     module.recompile()
     return module
-
-
-def quantize(x: Tensor, scale: float, zero: int) -> Tensor:
-    return torch.quantize_per_tensor(x, scale, zero, torch.quint8).int_repr()
 
 
 def named(node, name: str) -> bool:
