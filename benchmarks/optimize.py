@@ -109,6 +109,21 @@ def ratio(row: Row, result: dict) -> tuple[float, str] | None:
     return peers[best] / times["segfast"], best
 
 
+KERNELS = """## Kernels over packed weights
+
+Separable blocks, inverted residuals, 1x1 convolutions and the first convolution run on kernels of this package, the maps inside a
+block staying in the cache.
+
+- float32: AVX-512, AVX2 or portable.
+- bfloat16: with AVX512-BF16 dot products of pairs, summed in float32; taken where the processor has them and no AMX, whose tiles
+  oneDNN uses, or where oneDNN has no bfloat16. The other kernel sets compute in float32 on the same weights. Biases and depthwise
+  weights stay float32.
+- int8: uint8 maps (affine), int8 weights (a scale a channel), 32-bit sums by AVX512-VNNI or, without saturation, 16-bit products;
+  requantised inside, with the same bits on every kernel set. `segfast.optimize` does not choose them: they are for graphs that
+  are quantised already, through `segfast.optimize._int8.lower_int8`. `pytest benchmarks/test_speed_packed.py -k int8` times them
+  against the float32 and bfloat16 kernels."""
+
+
 def text(results: dict) -> str:
     """docs/optimize.md."""
     head = [
@@ -145,6 +160,7 @@ def text(results: dict) -> str:
         cells.append([name, f"{row.batch}", f"{row.size[0]}x{row.size[1]}", *shown])
     parts += ["## Scaling", "", "Fast-SCNN, float32, to the class map.", ""]
     parts += [table(["row", "batch", "size", "milliseconds", "nanoseconds a pixel"], cells), ""]
+    parts += [KERNELS, ""]
     machines = sorted({", ".join(f"{k} {v}" for k, v in r["environment"].items()) for r in results.values()})
     parts += ["## Measured on", "", *(f"- {machine}" for machine in machines), *([""] if machines else []), *notes]
     return "\n".join(parts).rstrip() + "\n"

@@ -10,7 +10,7 @@ from measure import figure, require_close, require_right
 from test_speed_ds_conv import no_grad, runtimes
 from torch import Tensor, nn
 
-import segfast.ops._packed  # noqa: F401
+from segfast.ops._packed import Int8Conv, int8_block
 
 OPS = torch.ops.segfast
 # in, out, h, w, kernel, stride
@@ -96,3 +96,37 @@ def test_packed_inverted_residual(benchmark, shape, tmp_path):
     packed = OPS.pack_inverted_residual(*parameters(expand, dw, project))
     ours = lambda x: OPS.packed_inverted_residual(x, packed, [stride] * 2, [1, 1], [1, 1], 1, 1, 0)  # noqa: E731
     compare(benchmark, nn.Sequential(expand, nn.ReLU(), dw, nn.ReLU(), project), x, ours, tmp_path)
+
+
+def low(benchmark, convs: list[nn.Conv2d], x: Tensor, stride: int, groups: int) -> None:
+    """int8 and bfloat16 against the float32 kernel of the same block, all of them ours."""
+    geometry = [stride] * 2, [1, 1], [1, 1]
+    pack, run = [
+        (OPS.pack_ds_conv, OPS.packed_ds_conv), (OPS.pack_inverted_residual, OPS.packed_inverted_residual)
+    ][len(convs) - 2]  # fmt: skip
+    peers = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        packed, image = pack(*parameters(*convs), dtype), x.to(dtype)
+        peers[str(dtype)] = lambda packed=packed, image=image: run(image, packed, *geometry, *[1] * len(convs))
+    quantised = [
+        Int8Conv(
+            torch.randint(-128, 128, conv.weight.shape, dtype=torch.int8), torch.full((len(conv.weight),), 0.01),
+            conv.bias.detach(), 1, 0.05, 0,
+        )
+        for conv in convs
+    ]  # fmt: skip
+    block = int8_block(0.02, 128, quantised, stride=(stride, stride), padding=(1, 1), groups=groups)
+    quantised_image = torch.randint(0, 256, x.shape, dtype=torch.uint8).contiguous(memory_format=torch.channels_last)
+    figure(benchmark, lambda: block(quantised_image), peers, {"float32": ["torch.float32"], "bfloat16": ["torch.bfloat16"]})
+
+
+@pytest.mark.parametrize("shape", SEPARABLE, ids=name)
+def test_int8_ds_conv(benchmark, shape):
+    c, k, h, w, stride = shape
+    low(benchmark, [nn.Conv2d(c, c, 3, groups=c), nn.Conv2d(c, k, 1)], image(c, h, w), stride, c)
+
+
+@pytest.mark.parametrize("shape", INVERTED, ids=name)
+def test_int8_inverted_residual(benchmark, shape):
+    c, e, k, h, w, stride = shape
+    low(benchmark, [nn.Conv2d(c, e, 1), nn.Conv2d(e, e, 3, groups=e), nn.Conv2d(e, k, 1)], image(c, h, w), stride, e)

@@ -16,6 +16,7 @@ pytestmark = pytest.mark.skipif(
 )
 if _backend._C is not None:
     from segfast.ops._packed import Int8Conv, int8_block, int8_block_reference, int8_conv_reference
+    from segfast.optimize._int8 import lower_int8
 
 ACTS = [lambda x: x, F.relu, F.relu6, F.silu, F.hardswish]
 SETS = _backend._C.cpu_features()["kernel_sets"] if _backend._C is not None else []
@@ -325,3 +326,48 @@ def test_int8_wrong_arguments_raise():
     for message, call in wrong:
         with pytest.raises(RuntimeError, match=message):
             call()
+
+
+class Blocks(torch.nn.Module):
+    """A stem, a separable block, an inverted residual with its sum, and a convolution that stays in float."""
+
+    def __init__(self):
+        super().__init__()
+
+        def unit(c, k, size=1, stride=1, groups=1, act=torch.nn.ReLU):
+            conv = torch.nn.Conv2d(c, k, size, stride, size // 2, groups=groups, bias=False)
+            return torch.nn.Sequential(conv, torch.nn.BatchNorm2d(k), act())
+
+        self.stem = unit(3, 12, 3, 2)
+        self.separable = torch.nn.Sequential(unit(12, 12, 3, 2, groups=12), torch.nn.Dropout(), unit(12, 20))
+        expand = [unit(20, 60), unit(60, 60, 3, groups=60)]
+        self.inverted = torch.nn.Sequential(*expand, unit(60, 20, act=torch.nn.Identity))
+        self.last = torch.nn.Conv2d(20, 5, 1)
+
+    def forward(self, x):
+        x = self.separable(self.stem(x))
+        return self.last(F.relu(x + self.inverted(x)))
+
+
+def test_a_quantised_graph_runs_on_the_int8_kernels():
+    pt2e = pytest.importorskip("torchao.quantization.pt2e.quantize_pt2e")
+    x86 = pytest.importorskip("torchao.quantization.pt2e.quantizer.x86_inductor_quantizer")
+    torch.manual_seed(0)
+    model, images = Blocks(), torch.randn(2, 3, 40, 56)
+    with torch.no_grad():
+        model(images)
+    exported = torch.export.export(model.eval(), (images,)).module()
+    quantizer = x86.X86InductorQuantizer().set_global(x86.get_default_x86_inductor_quantization_config())
+    with torch.no_grad():
+        prepared = pt2e.prepare_pt2e(exported, quantizer)
+        prepared(images)
+        quantized = pt2e.convert_pt2e(prepared)
+        lowered = lower_int8(quantized)
+        before = _backend._C.kernel_calls()["packed_int8"]
+        got, want, real = lowered(images), quantized(images), model(images)
+    assert lowered.int8_calls == [1, 2, 3]
+    assert _backend._C.kernel_calls()["packed_int8"] == before + 3
+    assert [str(n.target) for n in lowered.graph.nodes if "conv2d" in str(n.target)] == ["aten.conv2d.default"], "the last alone"
+    error = (want - real).pow(2).mean().sqrt()
+    assert 0 < error < 0.1 * real.std()
+    assert (got - want).pow(2).mean().sqrt() < 0.2 * error, "a step here and there, of all that quantising costs"
