@@ -228,7 +228,7 @@ def call(*arguments):
     return CliRunner().invoke(app, [str(a) for a in arguments], env={"COLUMNS": "220", "NO_COLOR": "1", "TERM": "dumb"})
 
 
-@pytest.mark.parametrize("mode", ["bf16", "weights", *["static", "fp16"][: count(0, 2)]])
+@pytest.mark.parametrize("mode", ["bf16", "weights", "static", *["aware", "fp16"][: count(0, 2)]])
 def test_command(streets, tmp_path, mode):
     model, _ = streets
     about = {**NETWORK, "classes": list(SyntheticStreets.classes), "palette": [list(p) for p in SyntheticStreets.palette]}
@@ -236,10 +236,11 @@ def test_command(streets, tmp_path, mode):
     checkpoint.save(run / "best.safetensors", model.state_dict(), {"network": about})
     (run / "config.yaml").write_text(f"images: 8\nval_images: 2\nsize: {json.dumps(SIZE)}\n")
     out = tmp_path / "out.safetensors"
-    result = call("quantize", run, out, "--mode", mode, "--images", 8, "--runs", 0, "--observer", "min-max")
+    result = call("quantize", run, out, "--mode", mode, "--images", 8, "--runs", 0, "--steps", 2, "--batch", 2, "--observer", "min-max")
     assert result.exit_code == 0, result.output
     assert "float" in result.output
     assert "bf16" in result.output
+    assert ("int8" in result.output) == (mode in ("weights", "static", "aware"))
     assert out.is_file()
     if mode in ("bf16", "fp16"):
         half, _ = load_network(out)

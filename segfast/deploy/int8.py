@@ -46,6 +46,11 @@ class Quantized(nn.Module):
         super().__init__()
         self.graph, self.about, self.preprocessing = graph, dict(about), preprocessing
 
+    def train(self, mode: bool = True):
+        """Says the mode; the exported graph has one, that of evaluation, and would refuse to be told."""
+        self.training = mode
+        return self
+
     def forward(self, images: Tensor) -> Tensor:
         return resize(self.logits(images), images.shape[2:], self.about["align_corners"])
 
