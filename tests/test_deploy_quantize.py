@@ -236,7 +236,8 @@ def test_command(streets, tmp_path, mode):
     checkpoint.save(run / "best.safetensors", model.state_dict(), {"network": about})
     (run / "config.yaml").write_text(f"images: 8\nval_images: 2\nsize: {json.dumps(SIZE)}\n")
     out = tmp_path / "out.safetensors"
-    result = call("quantize", run, out, "--mode", mode, "--images", 8, "--runs", 0, "--steps", 2, "--batch", 2, "--observer", "min-max")
+    few = ["--images", 8, "--runs", 0, "--steps", 2, "--batch", 2]
+    result = call("quantize", run, out, "--mode", mode, *few, "--observer", "min-max")
     assert result.exit_code == 0, result.output
     assert "float" in result.output
     assert "bf16" in result.output
