@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from segfast import nn as sf
 from segfast import testing
+from segfast.nn import context
 
 
 def randomise(module: nn.Module, seed: int = 0) -> nn.Module:
@@ -438,3 +439,12 @@ def test_resize_without_gradients_is_interpolate(layout, align_corners):
         expected = F.interpolate(x, size, mode="bilinear", align_corners=align_corners)
         assert torch.equal(y, expected)
         assert y.stride() == expected.stride()
+
+
+def test_columns_of_an_exported_grid_are_those_of_the_rounding(monkeypatch):
+    """Whole numbers alone, also halfway between two, where Python rounds to the even one."""
+    cases = [(rows, h, w) for rows in (1, 2, 4, 8) for h in range(1, 40) for w in range(1, 80)]
+    want = [context.in_proportion(*case) for case in cases]
+    assert want == [max(1, round(w / h * rows)) for rows, h, w in cases]
+    monkeypatch.setattr(context, "free", lambda *sizes: True)
+    assert [context.in_proportion(*case) for case in cases] == want

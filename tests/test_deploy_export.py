@@ -105,6 +105,23 @@ def test_free_size(folder):
         assert (artefact(images) == want).float().mean() >= 0.999
 
 
+REFUSED_ONCE = ("icnet", "linknet", "semantic_fpn", "swiftnet_rn18")
+
+
+@pytest.mark.parametrize("name", random.Random(seed_of_commit() + 2).sample(REFUSED_ONCE, count(1, len(REFUSED_ONCE))))
+def test_free_size_of_networks_that_ask_for_their_sizes(name, tmp_path):
+    """Sizes that 32 does not divide, maps smaller than their grids, and other proportions than the example's."""
+    model = trained(name, 3)
+    done = deploy.export_onnx(model, tmp_path / "a.onnx", SIZE, dynamic=True)
+    assert done.refused == ()
+    session = runtime.InferenceSession(tmp_path / "a.onnx", providers=["CPUExecutionProvider"])
+    for n, size in ((1, (97, 147)), (2, (33, 50)), (1, (193, 64)), (1, (128, 257))):
+        images = torch.randn(n, 3, *size)
+        with torch.no_grad():
+            want = model(images)
+        agree(torch.from_numpy(session.run(None, {"images": images.numpy()})[0]), want, False)
+
+
 def test_metadata_and_stripping(folder):
     path, _, done = folder
     proto = onnx.load(path / "free.onnx")

@@ -12,6 +12,7 @@ from segfast.models._official import Weights, register_importer
 from segfast.models._registry import Published, register_model
 from segfast.nn import BatchNorm2d, ConvBNAct, resize
 from segfast.nn.folding import add, fold
+from segfast.nn.sampling import free
 
 CELLS = (1, 2, 3, 6)
 
@@ -62,11 +63,29 @@ def pyramid_sum(x: Tensor) -> Tensor:
     last one to end with the map. Other sizes keep these proportions.
     """
     y = x
+    if free(*x.shape[2:]):
+        for cells in CELLS:
+            rows, columns = (blurring(n, cells, x) for n in x.shape[2:])
+            y = y + rows @ (x @ columns.t())
+        return y
     for cells in CELLS:
         steps = [max(1, (n - 1) * (32 // cells) // 32) for n in x.shape[2:]]
         kernel = [n - (min(cells, n) - 1) * step for n, step in zip(x.shape[2:], steps)]
         y = y + resize(F.avg_pool2d(x, kernel, steps), x.shape[2:], align_corners=True)
     return y
+
+
+def blurring(size: int, cells: int, like: Tensor) -> Tensor:
+    """(size, size): a line's means over its cells, resized to the line; for exported graphs, whose pooling has fixed kernels."""
+    count = torch.sym_min(size, cells)
+    step = torch.sym_max((size - 1) * (32 // cells) // 32, 1)
+    kernel = size - (count - 1) * step
+    pixel = torch.arange(size, device=like.device)
+    first = torch.arange(cells, device=like.device)[:, None] * step
+    means = ((pixel >= first) & (pixel < first + kernel)).to(like.dtype) / kernel
+    position = pixel[:, None].to(like.dtype) * (count - 1) / torch.sym_max(size - 1, 1)
+    between = (1 - (position - torch.arange(cells, device=like.device)).abs()).clamp(min=0)
+    return between @ means
 
 
 class ICNet(SegmentationModel):

@@ -15,6 +15,7 @@ from segfast.models._registry import Published, register_model
 from segfast.models.espnet import crop
 from segfast.nn import ConvBNAct
 from segfast.nn.folding import activate, add, fold, foldable, quick, watched
+from segfast.nn.sampling import free
 
 
 class DeconvBNReLU(nn.Module):
@@ -29,6 +30,10 @@ class DeconvBNReLU(nn.Module):
     def forward(self, x: Tensor, size) -> Tensor:
         conv, bn, act = self.conv, self.bn, self.act
         stride = conv.stride[0]
+        if free(*size, *x.shape[2:]):
+            # ONNX wants a number for what is added at the end: the most that there can be is, and the rest cut off
+            full = F.conv_transpose2d(x, conv.weight, conv.bias, conv.stride, conv.padding, stride - 1)
+            return act(bn(full[..., : size[0], : size[1]]))
         extra = [to - (n - 1) * stride - 1 for to, n in zip(size, x.shape[2:])]
         if not quick() or type(conv) is not nn.ConvTranspose2d or not foldable(conv, bn) or watched(conv) or watched(bn):
             return act(bn(conv(x, [n for n in size])))

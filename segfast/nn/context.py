@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from segfast.nn.convolution import Activation, BatchNorm2d, ConvBNAct
 from segfast.nn.folding import activate
-from segfast.nn.sampling import adaptive_avg_pool2d, resize
+from segfast.nn.sampling import adaptive_avg_pool2d, free, resize
 
 
 class PyramidPooling(nn.Module):
@@ -155,10 +155,21 @@ class SpatialPyramidPooling(nn.Module):
         height, width = x.shape[2:]
         levels = [x]
         for i, rows in enumerate(self.grids):
-            columns = rows if self.square else max(1, round(width / height * rows))
+            columns = rows if self.square else in_proportion(rows, height, width)
             level = getattr(self, f"spp{i}")(adaptive_avg_pool2d(x, (rows, columns)))
             levels.append(resize(level, (height, width), align_corners=False))
         return self.spp_fuse(torch.cat(levels, 1))
+
+
+def in_proportion(rows: int, height: int, width: int) -> int:
+    """max(1, round(width / height * rows)); of free sizes of an exported graph the same in whole numbers, which ONNX has."""
+    if not free(height, width):
+        return max(1, round(width / height * rows))
+    up = (2 * width * rows + height) // (2 * height)
+    down = (2 * width * rows + height - 1) // (
+        2 * height
+    )  # differs from `up` halfway between two numbers: the even one is wanted
+    return torch.sym_max(torch.sym_max(2 * (up // 2), down), 1)
 
 
 def fast_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:

@@ -5,10 +5,23 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from segfast import _backend
 from segfast.nn.convolution import Activation, activation, pair
 from segfast.nn.folding import quick
+
+
+def free(*sizes) -> bool:
+    """Whether any of the numbers is a free one of a graph that is being exported: a comparison would fix its answer."""
+    return torch.compiler.is_exporting() and any(isinstance(size, torch.SymInt) for size in sizes)
+
+
+def same_size(size, other) -> bool:
+    """Whether two sizes are equal; of free sizes of an exported graph, whether they are equal at every size of the images."""
+    if free(*size, *other):
+        return all(statically_known_true(a == b) for a, b in zip(size, other))
+    return tuple(size) == tuple(other)
 
 
 def resize(x: Tensor, size, align_corners: bool = False, mode: str = "bilinear") -> Tensor:
@@ -21,7 +34,7 @@ def resize(x: Tensor, size, align_corners: bool = False, mode: str = "bilinear")
             (False); bilinear only. It is part of a network: the other choice costs accuracy.
         mode: "bilinear" or "nearest".
     """
-    if tuple(x.shape[2:]) == tuple(size):
+    if same_size(x.shape[2:], size):
         return x
     if mode == "bilinear" and quick() and _backend.has_kernel("upsample_argmax", x) and not torch.jit.is_tracing():
         # the result at image size is most of what a light network writes: its memory comes on large pages
@@ -45,7 +58,7 @@ def adaptive_avg_pool2d(x: Tensor, grid: int | tuple[int, int]) -> Tensor:
     exporting = torch.compiler.is_exporting() and not _backend.is_capturing()
     if not (exporting or torch.onnx.is_in_onnx_export()):
         return F.adaptive_avg_pool2d(x, (rows, columns))
-    if rows == columns == 1:
+    if same_size((rows, columns), (1, 1)):
         return x.mean((2, 3), keepdim=True)
     wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
     y = _averaging(x.shape[2], rows, wide) @ (wide @ _averaging(x.shape[3], columns, wide).t())
