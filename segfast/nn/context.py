@@ -166,9 +166,8 @@ def in_proportion(rows: int, height: int, width: int) -> int:
     if not free(height, width):
         return max(1, round(width / height * rows))
     up = (2 * width * rows + height) // (2 * height)
-    down = (2 * width * rows + height - 1) // (
-        2 * height
-    )  # differs from `up` halfway between two numbers: the even one is wanted
+    # This one differs from `up` halfway between two numbers: the even one is wanted.
+    down = (2 * width * rows + height - 1) // (2 * height)
     return torch.sym_max(torch.sym_max(2 * (up // 2), down), 1)
 
 

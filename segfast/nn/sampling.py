@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from segfast import _backend
 from segfast.nn.convolution import Activation, activation, pair
@@ -14,12 +13,15 @@ from segfast.nn.folding import quick
 
 def free(*sizes) -> bool:
     """Whether any of the numbers is a free one of a graph that is being exported: a comparison would fix its answer."""
-    return torch.compiler.is_exporting() and any(isinstance(size, torch.SymInt) for size in sizes)
+    exporting = torch.compiler.is_exporting() and not _backend.is_capturing()
+    return exporting and any(isinstance(size, torch.SymInt) for size in sizes)
 
 
 def same_size(size, other) -> bool:
     """Whether two sizes are equal; of free sizes of an exported graph, whether they are equal at every size of the images."""
     if free(*size, *other):
+        from torch.fx.experimental.symbolic_shapes import statically_known_true  # brings sympy
+
         return all(statically_known_true(a == b) for a, b in zip(size, other))
     return tuple(size) == tuple(other)
 
