@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from segfast import ops
-from segfast.engine import report
+from segfast.engine import checkpoint, report
 from segfast.engine.demo import Settings, run
 from segfast.engine.kernels import OPS, check, most
 
@@ -57,10 +57,10 @@ def test_the_report_says_when_distillation_did_not_help():
 
 
 def test_nothing_half_written(tmp_path, monkeypatch):
-    path = report.replace(tmp_path / "metrics.json", "old")
+    path = checkpoint.write(tmp_path / "metrics.json", "old")
     monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
-        report.replace(path, "new")
+        checkpoint.write(path, "new")
     assert path.read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["metrics.json"]
 

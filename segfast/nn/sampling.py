@@ -71,7 +71,8 @@ def _averaging(size: int, cells: int, like: Tensor) -> Tensor:
     # (cells, size): row i holds 1 / length over its cell's pixels
     cell = torch.arange(cells, device=like.device)[:, None]
     pixel = torch.arange(size, device=like.device)[None]
-    inside = (pixel >= (cell * size) // cells) & (pixel < ((cell + 1) * size + cells - 1) // cells)
+    # floor(i size / cells) <= pixel < ceil((i + 1) size / cells), without a division, which ONNX writes with Mod
+    inside = ((pixel + 1) * cells > cell * size) & (pixel * cells < (cell + 1) * size)
     inside = inside.to(like.dtype)
     return inside / inside.sum(1, keepdim=True)
 
