@@ -27,7 +27,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 TABLE = Path(__file__).resolve().parent / "gpu_resources.json"
-TARGETS = (80, 90, 100, 120)
+TARGETS = (80, 87, 90, 100, 120)
 META = torch.device("meta")
 _TYPES = {
     torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64", torch.uint8: "u8",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 import shutil
 
 import pytest
@@ -245,6 +246,18 @@ def test_ds_conv_with_its_depthwise_half_in_cuda(dtype, monkeypatch):
         assert kernels.take_counts()[0], f"{sample}: no CUDA kernel ran"
         check_rule("ds_conv", relaid(sample, "channels_last"), [])
         assert not kernels.take_counts()[0], f"{sample}: the CUDA kernel is for contiguous tensors"
+
+
+def test_a_label_outside_the_classes_is_named(capsys):
+    x = testing.tensor(2, 5, 3, 4, dtype=torch.float32, device=torch.device("cpu"))
+    target = torch.zeros(2, 9, 10, dtype=torch.int32)
+    target[0, 0, 0] = 255
+    ops.upsample_cross_entropy(x, target)
+    assert capsys.readouterr().out == ""
+    target[1, 6, 3], target[1, 8, 9] = -1, 77
+    with pytest.raises(RuntimeError, match="labels from 0 to 4 or 255"):
+        ops.upsample_cross_entropy(x, target)
+    assert re.findall(r"\[(-?\d+)\]", capsys.readouterr().out) == ["-1", "1", "6", "3"]
 
 
 @every_op

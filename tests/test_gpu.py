@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from descriptors import build
@@ -110,6 +113,18 @@ def test_inside_a_cuda_graph(op):
         torch.cuda.synchronize()
         for a, e in zip(results, step(), strict=True):
             assert same_bits(a.detach(), e.detach()), f"{op} {sample}"
+
+
+def test_a_label_outside_the_classes_is_named():
+    """In a process of its own: after a device assert a context is of no more use."""
+    code = (
+        "import torch; from segfast import ops; target = torch.zeros(2, 9, 10, dtype=torch.int64, device='cuda'); "
+        "target[1, 6, 3] = 77; ops.upsample_cross_entropy(torch.randn(2, 5, 3, 4, device='cuda'), target).item()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    values = [int(line.split()[-1]) for line in done.stdout.splitlines() if "label, n, y, x: " in line]
+    assert set(values) == {77, 1, 6, 3}
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")

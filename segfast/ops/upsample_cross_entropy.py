@@ -157,8 +157,8 @@ def upsample_cross_entropy(
         ValueError: not rank 4, no classes or pixels, a target of another batch, shape or device, a weight of another shape or
             device, label_smoothing, ohem_threshold or ohem_min_kept out of range, an unknown reduction.
         TypeError: logits or weight not of a real float dtype, target not integer.
-        RuntimeError: a label outside the classes, with its value and position; a device assert on CUDA. (The reference raises
-            what F.cross_entropy does.)
+        RuntimeError: a label outside the classes, with its value and position; on CUDA these are printed before a device
+            assert ends the run. (The reference raises what F.cross_entropy does.)
     """
     check("upsample_cross_entropy", logits, target, weight)
     check_options("upsample_cross_entropy", label_smoothing, ohem_threshold, ohem_min_kept, reduction)

@@ -15,6 +15,7 @@ from segfast.triton.pairwise_cosine import gradient_like, normalise, undo
 CHUNK = 1 << 22  # elements of normalised features at a time in the Gram form
 SQUARES = {"BLOCK": 1024, "STEPS": 8, "num_warps": 4}
 TILE = {"BLOCK_NODES": 32, "BLOCK_CHANNELS": 16, "num_warps": 4, "num_stages": 2}
+GRADIENT = {**TILE, "BLOCK_OUT": 32, "num_stages": 3}  # with 2 stages ptxas spills on sm_87, and of direct_rows with 3 on sm_90
 
 
 def has_fast_float64(device: torch.device) -> bool:
@@ -202,10 +203,10 @@ def pairwise_loss_backward(
     if tiled(student, teacher):
         one, two = (unit_vectors_of(x, eps, torch.float32) for x in (student, teacher))
         g = torch.empty_like(one)
-        tiles, channel_blocks = triton.cdiv(nodes, TILE["BLOCK_NODES"]), triton.cdiv(c, 32)
+        tiles, channel_blocks = triton.cdiv(nodes, TILE["BLOCK_NODES"]), triton.cdiv(c, GRADIENT["BLOCK_OUT"])
         with torch.cuda.device_of(student):
             direct_gradient[(n * tiles * channel_blocks,)](
-                one, two, g, nodes, c, teacher.shape[1], tiles, channel_blocks, BLOCK_OUT=32, **TILE
+                one, two, g, nodes, c, teacher.shape[1], tiles, channel_blocks, **GRADIENT
             )
         undo(student, g, out, grad, eps, factor, detach_norm, 0)
         return out

@@ -20,6 +20,22 @@ CONFIGS = {
 NONE, MEAN, SUM = range(3)
 
 
+# Prints the label at `position` (n * height * width + y * width + x) where it is none of the classes; the assert that ends the
+# run cannot name it.
+@triton.jit
+def report(target, position, height, width, classes, ignore_index):
+    at = tl.load(position)
+    label = tl.load(target + at).to(tl.int64)
+    if (label != ignore_index) & ((label < 0) | (label >= classes)):
+        tl.device_print(
+            "upsample_cross_entropy: a label outside the classes; label, n, y, x: ",
+            label,
+            at // width // height,
+            at // width % height,
+            at % width,
+        )
+
+
 @triton.jit
 def losses(
     x, target, weight, smooth, smooth_total, rows, row_weights, columns, column_weights, most_out, sum_out, loss_out, share_out,
@@ -37,7 +53,7 @@ def losses(
     corner = x + image * x_image + tl.zeros((1, BLOCK), tl.int64)
     label = tl.load(target + to, mask=inside, other=0).to(tl.int64)
     counts = inside & (label != ignore_index)
-    label = tl.where(counts & (label >= 0) & (label < classes), label, 0)  # another one is refused by an assert of its own
+    label = tl.where(counts & (label >= 0) & (label < classes), label, 0)  # another one is reported, and ends the run
 
     most = tl.full((BLOCK,), -3.0e38, ACC)  # finite: a class of -inf gives exp(-inf), not the exponential of NaN
     total = tl.zeros((BLOCK,), ACC)
@@ -145,9 +161,13 @@ class Pixels:
         self.smooth_total = own if self.smooth is None else self.smooth.sum()
         self.valid = self.target != ignore_index
         wrong = self.valid & ((self.target < 0) | (self.target >= classes))
-        torch._assert_async(~wrong.any(), f"upsample_cross_entropy: want labels from 0 to {classes - 1} or {ignore_index}")
-        if n == 0:
+        if self.target.numel() == 0:
             return
+        first = wrong.flatten().to(torch.uint8).argmax()
+        with torch.cuda.device_of(logits):
+            report[(1,)](self.target, first, self.height, self.width, classes, ignore_index, num_warps=1)
+        message = f"upsample_cross_entropy: want labels from 0 to {classes - 1} or {ignore_index}; the one that is not is printed"
+        torch._assert_async(~wrong.take(first), message)
         with torch.cuda.device_of(logits):
             self.rows = Axis(logits, h, self.height, align_corners, backward)
             self.columns = Axis(logits, w, self.width, align_corners, backward)
