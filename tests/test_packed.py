@@ -128,6 +128,41 @@ def test_against_conv2d(kernel_set, dtype, kind, shape):
     check(f"{kind} {shape} {dtype}", kernel, reference, x, [w.to(dtype) for w in weights], added)
 
 
+# (n, c, k, h, w, padding, dilation): padded channels, odd maps, less than a tile, taps all outside, tiles of several blocks
+WINOGRAD_SHAPES = [
+    (1, 16, 16, 8, 8, 1, 1), (2, 5, 33, 7, 9, 1, 1), (1, 25, 40, 17, 30, 4, 4), (1, 64, 20, 3, 5, 0, 1), (3, 8, 48, 1, 1, 1, 1),
+    (1, 3, 17, 23, 40, 2, 2), (1, 130, 16, 6, 40, 1, 1), (1, 7, 1, 5, 6, 3, 2), (1, 4, 8, 4, 4, 16, 16), (0, 4, 8, 4, 4, 1, 1),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", WINOGRAD_SHAPES, ids=str)
+def test_winograd_against_conv2d(kernel_set, shape):
+    n, c, k, h, w, padding, dilation = shape
+    torch.manual_seed(0)
+    index = WINOGRAD_SHAPES.index(shape)
+    act, added = index % 5, index % 2 == 0
+    weights = weight(k, c, 3)
+    packed = OPS.pack_winograd(*weights, 1)
+    pairs = [[1, 1], [padding, padding], [dilation, dilation]]
+    kernel = lambda x, add: OPS.packed_winograd(x, packed, *pairs, act, add)  # noqa: E731
+    reference = lambda call: conv(call[0], call[2], call[3], act, call[1], padding=padding, dilation=dilation)  # noqa: E731
+    x = last(torch.randn(n, c, h, w))
+    check(f"winograd {shape}", kernel, reference, x, list(weights), added)
+
+
+def test_winograd_is_as_exact_as_the_direct_form(kernel_set):
+    """Over many channels the root mean square of its errors stays below twice that of the direct kernel."""
+    torch.manual_seed(0)
+    w, b = weight(32, 96, 3)
+    x = last(torch.randn(2, 96, 24, 24))
+    exact = torch.nn.functional.conv2d(x.double(), w.double(), b.double(), padding=1)
+    ones = [1, 1]
+    error = lambda y: float((y.double() - exact).square().mean().sqrt())  # noqa: E731
+    fast = OPS.packed_winograd(x, OPS.pack_winograd(w, b, 1), ones, ones, ones, 0)
+    direct = OPS.packed_conv(x, OPS.pack_conv(w, b, 1), ones, ones, ones, 0)
+    assert 0 < error(fast) <= 2 * error(direct)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_weights_packed_under_one_kernel_set_run_under_another(dtype):
     torch.manual_seed(0)
@@ -187,6 +222,10 @@ def test_wrong_arguments_raise():
         ("pack function", lambda: OPS.packed_conv(x, torch.zeros_like(packed), ones, zeros, ones, 0)),
         ("pack_ds_conv", lambda: OPS.packed_ds_conv(x, packed, ones, zeros, ones, 0, 0)),
         ("pack_inverted_residual", lambda: OPS.packed_inverted_residual(x, packed, ones, zeros, ones, 0, 0, 0)),
+        ("pack_winograd", lambda: OPS.packed_winograd(x, packed, ones, zeros, ones, 0)),
+        ("stride 1", lambda: OPS.packed_winograd(x, OPS.pack_winograd(*weight(8, 4, 3), 1), [2, 2], zeros, ones, 0)),
+        ("3, 3", lambda: OPS.pack_winograd(*weight(8, 4, 5), 1)),
+        ("3, 3", lambda: OPS.pack_winograd(*weight(8, 4, 3), 1, torch.bfloat16)),
         ("bias", lambda: OPS.pack_conv(torch.randn(8, 4, 3, 3), torch.randn(4), 1)),
         ("groups", lambda: OPS.pack_conv(torch.randn(8, 1, 3, 3), torch.randn(8), 2)),
         ("taps", lambda: OPS.pack_conv(torch.randn(8, 4, 9, 9), torch.randn(8), 1)),

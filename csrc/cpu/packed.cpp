@@ -1,4 +1,5 @@
-// Inference over weights packed once, channels_last, float32 or bfloat16: dense and depthwise convolution, the
+// Inference over weights packed once, channels_last, float32 or bfloat16: dense (also by Winograd's filtering) and depthwise
+// convolution, the
 // depthwise-separable block and the inverted residual, each with its activations and a tensor added before the last one. Sums,
 // biases and depthwise weights are float32; in bfloat16 the maps between the convolutions of a block are, and the weights of the
 // products.
@@ -294,14 +295,18 @@ void inverted_rows(const PackedArgs<T>& o, int64_t begin, int64_t end, T* ring, 
 }
 
 }  // namespace segfast::SEGFAST_ISA
-#else
+#endif
+#include "winograd.h"
+#ifndef SEGFAST_KERNELS
 namespace segfast {
 namespace {
 
-Counter conv_counter("packed_conv"), ds_counter("packed_ds_conv"), inverted_counter("packed_inverted_residual");
+Counter conv_counter("packed_conv"), winograd_counter("packed_winograd"), ds_counter("packed_ds_conv"),
+     inverted_counter("packed_inverted_residual");
 
 using Ints = torch::headeronly::IntHeaderOnlyArrayRef;
-enum Kind : int64_t { kDense, kDepthwise, kSeparable, kInverted };
+enum Kind : int64_t { kDense, kDepthwise, kSeparable, kInverted, kWinograd };
+constexpr int64_t kWinogradBytes = 524288;  // of the input tiles at a time, most of L2
 constexpr int64_t kMagic = 0x3276636b70666773;
 
 struct Header {
@@ -361,6 +366,27 @@ class Packer {
     }
     vector(shift, bias);
   }
+  // Panels of [16][c][k]: the numbers of a tile that are multiplied with those of an input tile.
+  void winograd(const Tensor& weight, const Tensor& bias) {
+    const Tensor w = torch::stable::contiguous(weight);
+    const int64_t k = w.size(0), c = w.size(1), kp = padded(k);
+    float* to = section(&Header::pw, kp * c * 16);
+    const double rows[4][3] = {{1, 0, 0}, {0.5, 0.5, 0.5}, {0.5, -0.5, 0.5}, {0, 0, 1}};
+    for (int64_t j = 0; j < k; ++j) {
+      const int64_t col0 = j / 32 * 32, width = std::min<int64_t>(32, kp - col0);
+      for (int64_t i = 0; i < c; ++i) {
+        const float* from = data<float>(w) + (j * c + i) * 9;
+        for (int64_t y = 0; y < 4; ++y) {
+          for (int64_t x = 0; x < 4; ++x) {
+            double sum = 0;
+            for (int64_t tap = 0; tap < 9; ++tap) sum += rows[y][tap / 3] * rows[x][tap % 3] * static_cast<double>(from[tap]);
+            to[col0 * 16 * c + ((y * 4 + x) * c + i) * width + j - col0] = static_cast<float>(sum);
+          }
+        }
+      }
+    }
+    vector(&Header::pw_shift, bias);
+  }
   void depthwise(const Tensor& weight, const Tensor& bias) {
     const Tensor w = torch::stable::contiguous(weight);
     const int64_t c = w.size(0), taps = w.size(2) * w.size(3), cp = padded(c);
@@ -408,6 +434,15 @@ Tensor pack_conv_cpu(const Tensor& weight, const Tensor& bias, int64_t groups, s
   } else {
     packer.depthwise(weight, bias);
   }
+  return packer.finish(weight);
+}
+
+Tensor pack_winograd_cpu(const Tensor& weight, const Tensor& bias, int64_t groups, std::optional<ScalarType> dtype) {
+  want_weight("pack_winograd", weight, bias, -1);
+  STD_TORCH_CHECK(groups == 1 && weight.size(2) == 3 && weight.size(3) == 3 && !is_bfloat16("pack_winograd", dtype),
+                  "pack_winograd: want groups 1, weights (K, C, 3, 3) and float32");
+  Packer packer({.kind = kWinograd, .c = weight.size(1), .k = weight.size(0), .kh = 3, .kw = 3});
+  packer.winograd(weight, bias);
   return packer.finish(weight);
 }
 
@@ -536,6 +571,22 @@ Tensor packed_conv(const Tensor& x, const Tensor& packed, Ints stride, Ints padd
   return call.y;
 }
 
+Tensor packed_winograd(const Tensor& x, const Tensor& packed, Ints stride, Ints padding, Ints dilation, int64_t act,
+                       const std::optional<Tensor>& add) {
+  Call<float> call("packed_winograd", x, packed, stride, padding, dilation, {act}, add);
+  STD_TORCH_CHECK(call.kind == kWinograd, "packed_winograd: want weights from pack_winograd");
+  PackedArgs<float>& o = call.o;
+  STD_TORCH_CHECK(o.g.sh == 1 && o.g.sw == 1, "packed_winograd: want stride 1");
+  o.act = act, o.tile = std::clamp<int64_t>(kWinogradBytes / (64 * o.cp) / 12 * 12, 12, kMostTiles);
+  if (call.y.numel() == 0) return call.y;
+  const int64_t count = winograd_count(o.g), blocks = (count + o.tile - 1) / o.tile;
+  parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
+    const Buffer<float> inputs(16 * o.tile * o.cp, false), sums(16 * o.tile * 32, false), zero(o.cp);
+    SEGFAST_CALL(winograd_tiles<float>)(o, begin * o.tile, std::min(end * o.tile, count), inputs.p, sums.p, zero.p);
+  });
+  return call.y;
+}
+
 template <class T>
 Tensor packed_ds_conv(const Tensor& x, const Tensor& packed, Ints stride, Ints padding, Ints dilation, int64_t dw_act,
                       int64_t act, const std::optional<Tensor>& add) {
@@ -581,6 +632,12 @@ Tensor packed_conv_cpu(const Tensor& x, const Tensor& packed, Ints stride, Ints 
   return kernel(x, packed, stride, padding, dilation, act, add);
 }
 
+Tensor packed_winograd_cpu(const Tensor& x, const Tensor& packed, Ints stride, Ints padding, Ints dilation, int64_t act,
+                           const std::optional<Tensor>& add) {
+  winograd_counter.add();
+  return packed_winograd(x, packed, stride, padding, dilation, act, add);
+}
+
 Tensor packed_ds_conv_cpu(const Tensor& x, const Tensor& packed, Ints stride, Ints padding, Ints dilation, int64_t dw_act,
                           int64_t act, const std::optional<Tensor>& add) {
   ds_counter.add();
@@ -601,9 +658,11 @@ Tensor packed_inverted_residual_cpu(const Tensor& x, const Tensor& packed, Ints 
 
 STABLE_TORCH_LIBRARY_IMPL(segfast, CPU, m) {
   m.impl("pack_conv", TORCH_BOX(&segfast::pack_conv_cpu));
+  m.impl("pack_winograd", TORCH_BOX(&segfast::pack_winograd_cpu));
   m.impl("pack_ds_conv", TORCH_BOX(&segfast::pack_ds_conv_cpu));
   m.impl("pack_inverted_residual", TORCH_BOX(&segfast::pack_inverted_residual_cpu));
   m.impl("packed_conv", TORCH_BOX(&segfast::packed_conv_cpu));
+  m.impl("packed_winograd", TORCH_BOX(&segfast::packed_winograd_cpu));
   m.impl("packed_ds_conv", TORCH_BOX(&segfast::packed_ds_conv_cpu));
   m.impl("packed_inverted_residual", TORCH_BOX(&segfast::packed_inverted_residual_cpu));
 }

@@ -20,10 +20,12 @@ from segfast import _backend
 _GEOMETRY = "SymInt[] stride, SymInt[] padding, SymInt[] dilation"
 _SCHEMAS = {
     "pack_conv": "(Tensor weight, Tensor bias, int groups, ScalarType? dtype=None) -> Tensor",
+    "pack_winograd": "(Tensor weight, Tensor bias, int groups, ScalarType? dtype=None) -> Tensor",
     "pack_ds_conv": "(Tensor dw_weight, Tensor dw_bias, Tensor pw_weight, Tensor pw_bias, ScalarType? dtype=None) -> Tensor",
     "pack_inverted_residual": "(Tensor expand_weight, Tensor expand_bias, Tensor dw_weight, Tensor dw_bias, "
     "Tensor project_weight, Tensor project_bias, ScalarType? dtype=None) -> Tensor",
     "packed_conv": f"(Tensor x, Tensor packed, {_GEOMETRY}, int act, Tensor? add=None) -> Tensor",
+    "packed_winograd": f"(Tensor x, Tensor packed, {_GEOMETRY}, int act, Tensor? add=None) -> Tensor",
     "packed_ds_conv": f"(Tensor x, Tensor packed, {_GEOMETRY}, int dw_act, int act, Tensor? add=None) -> Tensor",
     "packed_inverted_residual": f"(Tensor x, Tensor packed, {_GEOMETRY}, int expand_act, int dw_act, int act, "
     "Tensor? add=None) -> Tensor",

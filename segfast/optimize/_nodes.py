@@ -38,14 +38,16 @@ ONEDNN = {
 
 # Who runs what, where several can, the first of them that is there; by what was measured faster (docs/optimize.md).
 PREFER = {
-    "conv": ("packed_conv", "onednn", "aten"),
+    "conv": ("packed_winograd", "packed_conv", "onednn", "aten"),
     "pointwise": ("packed_conv", "onednn", "aten"),
     "depthwise": ("onednn", "aten"),
     "ds_conv": ("packed_ds_conv", "ds_conv", "parts"),
     "inverted_residual": ("packed_inverted_residual", "ds_conv", "parts"),
 }
+# Channels at either end, and of both together: below, oneDNN's direct 3x3 is as fast.
+WINOGRAD_FROM, WINOGRAD_BOTH = 16, 48
 # packed_conv is faster than oneDNN for the first convolution, of few channels, and for 1x1 ones of enough outputs; oneDNN's 3x3
-# is up to a tenth faster from 64 channels on.
+# with a stride is up to a tenth faster from 64 channels on.
 PACKED_CONV = {
     "conv": lambda step: step.weight.shape[1] <= 8 and step.taps <= MAX_TAPS,
     "pointwise": lambda step: step.weight.shape[0] >= 24,
@@ -105,7 +107,13 @@ def named(graph: Graph, step: Convolution, *more) -> tuple | None:
     return None if None in names else (*names, *more)
 
 
-PACKED = {op for op in ("packed_conv", "packed_ds_conv", "packed_inverted_residual") if _backend.has_compiled(op, "CPU")}
+def winograd(step: Convolution) -> bool:
+    k, c, *kernel = step.weight.shape
+    plain = kernel == [3, 3] and tuple(step.stride) == (1, 1) and step.weight.dtype == torch.float32
+    return plain and min(k, c) >= WINOGRAD_FROM and k + c >= WINOGRAD_BOTH
+
+
+PACKED = {op for op in ("packed_conv", "packed_winograd", "packed_ds_conv", "packed_inverted_residual") if _backend.has_compiled(op, "CPU")}
 
 
 def has(op: str) -> bool:
@@ -160,6 +168,8 @@ class Builder:
         native = self.native(step)
         dense = step.groups == 1 and not step.transposed and step.act.code is not None
         for who in PREFER[kind]:
+            if who == "packed_winograd" and dense and self.packable(step) and has(who) and winograd(step):
+                return self.packed(step, [step], torch.ops.segfast.pack_winograd.default, torch.ops.segfast.packed_winograd.default)
             if who == "packed_conv" and dense and self.packable(step) and has(who) and PACKED_CONV[kind](step):
                 return self.packed(step, [step], torch.ops.segfast.pack_conv.default, torch.ops.segfast.packed_conv.default)
             if who == "onednn" and native and self.onednn and step.act.name in ONEDNN:
