@@ -1,5 +1,5 @@
-// Inference over weights packed once, channels_last, float32 or bfloat16: dense (also by Winograd's filtering) and depthwise
-// convolution, the
+// Inference over weights packed once, channels_last, float32 or bfloat16: dense (also by Winograd's filtering), depthwise and
+// transposed (of tiles that do not overlap) convolution, the
 // depthwise-separable block and the inverted residual, each with its activations and a tensor added before the last one. Sums,
 // biases and depthwise weights are float32; in bfloat16 the maps between the convolutions of a block are, and the weights of the
 // products.
@@ -128,6 +128,19 @@ void pointwise_tiles(const PackedArgs<T>& o, int64_t begin, int64_t end) {
     const int64_t t1 = t0 + o.tile < end ? t0 + o.tile : end;
     with_put(o.y, o.add, t0, o.g.k, o.pw_shift, o.act,
              [&](const auto& put) { plain_product(t1 - t0, o.g.c, o.x + t0 * o.g.c, o.g.c, o.pw, o.kp, put); });
+  }
+}
+
+// A transposed convolution whose stride is its kernel: rows [begin, end) of N * H * kh of the result. All of a row's pixels under
+// one row of the kernel are one product, whose columns count (kx, k).
+template <class T>
+void transposed_rows(const PackedArgs<T>& o, int64_t begin, int64_t end) {
+  const Geometry& g = o.g;
+  const int64_t columns = g.kw * g.k, lda = words<T>(g.c) * kPerWord<T>, panels = o.kp * words<T>(g.c);
+  for (int64_t r = begin; r < end; ++r) {
+    const T* x = o.x + r / g.kh * g.w * g.c;
+    with_put(o.y, o.add, r * g.w, columns, o.pw_shift, o.act,
+             [&](const auto& put) { plain_product(g.w, g.c, x, lda, o.pw + r % g.kh * panels, o.kp, put); });
   }
 }
 
@@ -301,11 +314,11 @@ void inverted_rows(const PackedArgs<T>& o, int64_t begin, int64_t end, T* ring, 
 namespace segfast {
 namespace {
 
-Counter conv_counter("packed_conv"), winograd_counter("packed_winograd"), ds_counter("packed_ds_conv"),
-     inverted_counter("packed_inverted_residual");
+Counter conv_counter("packed_conv"), winograd_counter("packed_winograd"), transpose_counter("packed_conv_transpose"),
+    ds_counter("packed_ds_conv"), inverted_counter("packed_inverted_residual");
 
 using Ints = torch::headeronly::IntHeaderOnlyArrayRef;
-enum Kind : int64_t { kDense, kDepthwise, kSeparable, kInverted, kWinograd };
+enum Kind : int64_t { kDense, kDepthwise, kSeparable, kInverted, kWinograd, kTransposed };
 constexpr int64_t kWinogradBytes = 524288;  // of the input tiles at a time, most of L2
 constexpr int64_t kMagic = 0x3276636b70666773;
 
@@ -344,27 +357,22 @@ class Packer {
   // Panels of [k, depth] in which d counts (ky, kx, c).
   void panels(int64_t Header::* where, int64_t Header::* shift, const Tensor& weight, const Tensor& bias) {
     const Tensor w = torch::stable::contiguous(weight);
-    const int64_t k = w.size(0), c = w.size(1), taps = w.size(2) * w.size(3), kp = padded(k), depth = c * taps;
-    const int64_t a_tap = h_.bfloat16 ? words<BFloat16>(c) : c, total = a_tap * taps;
-    float* to = section(where, kp * total);
-    for (int64_t col0 = 0; col0 < kp; col0 += 32) {
-      const int64_t width = std::min<int64_t>(32, kp - col0);
-      for (int64_t j = 0; j < width && col0 + j < k; ++j) {
-        const float* from = data<float>(w) + (col0 + j) * depth;
-        for (int64_t t = 0; t < taps; ++t) {
-          for (int64_t i = 0; i < c; ++i) {
-            if (h_.bfloat16) {
-              const BFloat16 value(from[i * taps + t]);
-              memcpy(reinterpret_cast<char*>(to + col0 * total + (t * a_tap + i / 2) * width + j) + i % 2 * sizeof value, &value,
-                     sizeof value);
-            } else {
-              to[col0 * total + (t * c + i) * width + j] = from[i * taps + t];
-            }
-          }
-        }
-      }
-    }
+    const int64_t k = w.size(0), c = w.size(1), taps = w.size(2) * w.size(3);
+    fill(section(where, panel_words(k, c, taps)), k, c, taps,
+         [&](int64_t j, int64_t i, int64_t t) { return data<float>(w)[(j * c + i) * taps + t]; });
     vector(shift, bias);
+  }
+  // For every row of the kernel panels of [(kx, k), c].
+  void transposed(const Tensor& weight, const Tensor& bias) {
+    const Tensor w = torch::stable::contiguous(weight), b = torch::stable::contiguous(bias);
+    const int64_t c = w.size(0), k = w.size(1), kh = w.size(2), kw = w.size(3), row = panel_words(kw * k, c, 1);
+    float* to = section(&Header::pw, kh * row);
+    for (int64_t ky = 0; ky < kh; ++ky) {
+      fill(to + ky * row, kw * k, c, 1,
+           [&](int64_t j, int64_t i, int64_t) { return data<float>(w)[((i * k + j % k) * kh + ky) * kw + j / k]; });
+    }
+    float* shift = section(&Header::pw_shift, padded(kw * k));
+    for (int64_t j = 0; j < kw * k; ++j) shift[j] = data<float>(b)[j % k];
   }
   // Panels of [16][c][k]: the numbers of a tile that are multiplied with those of an input tile.
   void winograd(const Tensor& weight, const Tensor& bias) {
@@ -406,6 +414,28 @@ class Packer {
   }
 
  private:
+  int64_t a_tap(int64_t c) const { return h_.bfloat16 ? words<BFloat16>(c) : c; }
+  int64_t panel_words(int64_t k, int64_t c, int64_t taps) const { return padded(k) * a_tap(c) * taps; }
+  // value(column, channel, tap)
+  template <class F>
+  void fill(float* to, int64_t k, int64_t c, int64_t taps, F value) {
+    const int64_t kp = padded(k), total = a_tap(c) * taps;
+    for (int64_t j = 0; j < k; ++j) {
+      const int64_t col0 = j / 32 * 32, width = std::min<int64_t>(32, kp - col0);
+      for (int64_t t = 0; t < taps; ++t) {
+        for (int64_t i = 0; i < c; ++i) {
+          const float v = value(j, i, t);
+          if (h_.bfloat16) {
+            const BFloat16 low(v);
+            memcpy(reinterpret_cast<char*>(to + col0 * total + (t * a_tap(c) + i / 2) * width + j - col0) + i % 2 * sizeof low,
+                   &low, sizeof low);
+          } else {
+            to[col0 * total + (t * c + i) * width + j - col0] = v;
+          }
+        }
+      }
+    }
+  }
   float* section(int64_t Header::* where, int64_t n) {
     h_.*where = h_.bytes;
     h_.bytes += (n * static_cast<int64_t>(sizeof(float)) + 63) / 64 * 64;
@@ -443,6 +473,20 @@ Tensor pack_winograd_cpu(const Tensor& weight, const Tensor& bias, int64_t group
                   "pack_winograd: want groups 1, weights (K, C, 3, 3) and float32");
   Packer packer({.kind = kWinograd, .c = weight.size(1), .k = weight.size(0), .kh = 3, .kw = 3});
   packer.winograd(weight, bias);
+  return packer.finish(weight);
+}
+
+Tensor pack_conv_transpose_cpu(const Tensor& weight, const Tensor& bias, int64_t groups, std::optional<ScalarType> dtype) {
+  const char* op = "pack_conv_transpose";
+  STD_TORCH_CHECK(groups == 1 && weight.dim() == 4, op, ": want groups 1 and weights (C, K, kh, kw)");
+  want_weight(op, torch::stable::transpose(weight, 0, 1), bias, -1);
+  Packer packer({.kind = kTransposed,
+                 .bfloat16 = is_bfloat16(op, dtype),
+                 .c = weight.size(0),
+                 .k = weight.size(1),
+                 .kh = weight.size(2),
+                 .kw = weight.size(3)});
+  packer.transposed(weight, bias);
   return packer.finish(weight);
 }
 
@@ -519,10 +563,16 @@ struct Call {
     o.g = Geometry{input.size(0), h.c,       input.size(2), input.size(3), h.k,        0,           0,          h.kh,
                    h.kw,          stride[0], stride[1],     padding[0],    padding[1], dilation[0], dilation[1]};
     Geometry& g = o.g;
-    const int64_t room_h = g.h + 2 * g.ph - g.dh * (g.kh - 1) - 1, room_w = g.w + 2 * g.pw - g.dw * (g.kw - 1) - 1;
-    STD_TORCH_CHECK(room_h >= 0 && room_w >= 0, op, ": want a kernel that fits the padded input");
-    g.oh = room_h / g.sh + 1, g.ow = room_w / g.sw + 1;
-    o.ci = h.ci, o.cp = padded(g.c), o.kp = padded(g.k);
+    if (kind == kTransposed) {
+      STD_TORCH_CHECK(g.sh == g.kh && g.sw == g.kw && g.ph == 0 && g.pw == 0 && g.dh == 1 && g.dw == 1, op,
+                      ": want the stride of the kernel, no padding and no dilation");
+      g.oh = g.h * g.kh, g.ow = g.w * g.kw;
+    } else {
+      const int64_t room_h = g.h + 2 * g.ph - g.dh * (g.kh - 1) - 1, room_w = g.w + 2 * g.pw - g.dw * (g.kw - 1) - 1;
+      STD_TORCH_CHECK(room_h >= 0 && room_w >= 0, op, ": want a kernel that fits the padded input");
+      g.oh = room_h / g.sh + 1, g.ow = room_w / g.sw + 1;
+    }
+    o.ci = h.ci, o.cp = padded(g.c), o.kp = padded(kind == kTransposed ? g.k * g.kw : g.k);
     const auto at = [&](int64_t offset) { return reinterpret_cast<const float*>(bytes + offset); };
     o.expand = at(h.expand), o.expand_shift = at(h.expand_shift), o.dw = at(h.dw), o.dw_shift = at(h.dw_shift);
     o.pw = at(h.pw), o.pw_shift = at(h.pw_shift);
@@ -568,6 +618,20 @@ Tensor packed_conv(const Tensor& x, const Tensor& packed, Ints stride, Ints padd
       }
     });
   }
+  return call.y;
+}
+
+template <class T>
+Tensor packed_conv_transpose(const Tensor& x, const Tensor& packed, Ints stride, Ints padding, Ints dilation, int64_t act,
+                             const std::optional<Tensor>& add) {
+  Call<T> call("packed_conv_transpose", x, packed, stride, padding, dilation, {act}, add);
+  STD_TORCH_CHECK(call.kind == kTransposed, "packed_conv_transpose: want weights from pack_conv_transpose");
+  PackedArgs<T>& o = call.o;
+  STD_TORCH_CHECK(o.g.c % kPerWord<T> == 0, "packed_conv_transpose: want an even number of channels in bfloat16");
+  o.act = act;
+  if (call.y.numel() == 0) return call.y;
+  parallel_for(0, o.g.n * o.g.h * o.g.kh, 1,
+               [&](int64_t begin, int64_t end) { SEGFAST_PACKED_CALL(T, transposed_rows, o, begin, end); });
   return call.y;
 }
 
@@ -632,6 +696,14 @@ Tensor packed_conv_cpu(const Tensor& x, const Tensor& packed, Ints stride, Ints 
   return kernel(x, packed, stride, padding, dilation, act, add);
 }
 
+Tensor packed_conv_transpose_cpu(const Tensor& x, const Tensor& packed, Ints stride, Ints padding, Ints dilation, int64_t act,
+                                 const std::optional<Tensor>& add) {
+  transpose_counter.add();
+  const bool bfloat16 = x.scalar_type() == ScalarType::BFloat16;
+  const auto kernel = bfloat16 ? packed_conv_transpose<BFloat16> : packed_conv_transpose<float>;
+  return kernel(x, packed, stride, padding, dilation, act, add);
+}
+
 Tensor packed_winograd_cpu(const Tensor& x, const Tensor& packed, Ints stride, Ints padding, Ints dilation, int64_t act,
                            const std::optional<Tensor>& add) {
   winograd_counter.add();
@@ -658,10 +730,12 @@ Tensor packed_inverted_residual_cpu(const Tensor& x, const Tensor& packed, Ints 
 
 STABLE_TORCH_LIBRARY_IMPL(segfast, CPU, m) {
   m.impl("pack_conv", TORCH_BOX(&segfast::pack_conv_cpu));
+  m.impl("pack_conv_transpose", TORCH_BOX(&segfast::pack_conv_transpose_cpu));
   m.impl("pack_winograd", TORCH_BOX(&segfast::pack_winograd_cpu));
   m.impl("pack_ds_conv", TORCH_BOX(&segfast::pack_ds_conv_cpu));
   m.impl("pack_inverted_residual", TORCH_BOX(&segfast::pack_inverted_residual_cpu));
   m.impl("packed_conv", TORCH_BOX(&segfast::packed_conv_cpu));
+  m.impl("packed_conv_transpose", TORCH_BOX(&segfast::packed_conv_transpose_cpu));
   m.impl("packed_winograd", TORCH_BOX(&segfast::packed_winograd_cpu));
   m.impl("packed_ds_conv", TORCH_BOX(&segfast::packed_ds_conv_cpu));
   m.impl("packed_inverted_residual", TORCH_BOX(&segfast::packed_inverted_residual_cpu));

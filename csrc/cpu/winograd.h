@@ -125,7 +125,7 @@ struct WinogradSums {
 // Tiles [begin, end), o.tile at a time; `inputs` has room for 16 x tile x cp, `sums` for 16 x tile x 32, `zero` for c.
 template <class T>
 void winograd_tiles(const PackedArgs<T>& o, int64_t begin, int64_t end, T* inputs, T* sums, const T* zero) {
-  constexpr int L = lanes<float>, M = kRows<float>;
+  constexpr int L = lanes<float>;
   const int64_t c = o.g.c;
   for (int64_t t0 = begin; t0 < end; t0 += o.tile) {
     const int64_t tiles = t0 + o.tile < end ? o.tile : end - t0;

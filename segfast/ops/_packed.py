@@ -1,6 +1,6 @@
-"""Private inference ops over weights packed once: schemas. CPU, channels_last, float32, bfloat16 or int8, no gradients.
+"""Private inference ops, over weights packed once and on maps: schemas. CPU, channels_last, no gradients; float32, bfloat16, int8.
 
-Importing this module defines `torch.ops.segfast.pack_*` and `packed_*`; activations are the numbers of `ds_conv.ACTIVATIONS`.
+Importing this module defines `torch.ops.segfast.pack_*`, `packed_*` and what joins maps; activations are the numbers of `ds_conv.ACTIVATIONS`.
 Weights are given in float32 and packed for the dtype of the maps: in bfloat16 those of the products are rounded to it. A packed
 weight is opaque bytes, from which no fake tensor can tell the number of output channels: there are no fakes, and the operations
 are to be called on real tensors only, never inside a graph that is traced.
@@ -20,15 +20,20 @@ from segfast import _backend
 _GEOMETRY = "SymInt[] stride, SymInt[] padding, SymInt[] dilation"
 _SCHEMAS = {
     "pack_conv": "(Tensor weight, Tensor bias, int groups, ScalarType? dtype=None) -> Tensor",
+    "pack_conv_transpose": "(Tensor weight, Tensor bias, int groups, ScalarType? dtype=None) -> Tensor",
     "pack_winograd": "(Tensor weight, Tensor bias, int groups, ScalarType? dtype=None) -> Tensor",
     "pack_ds_conv": "(Tensor dw_weight, Tensor dw_bias, Tensor pw_weight, Tensor pw_bias, ScalarType? dtype=None) -> Tensor",
     "pack_inverted_residual": "(Tensor expand_weight, Tensor expand_bias, Tensor dw_weight, Tensor dw_bias, "
     "Tensor project_weight, Tensor project_bias, ScalarType? dtype=None) -> Tensor",
     "packed_conv": f"(Tensor x, Tensor packed, {_GEOMETRY}, int act, Tensor? add=None) -> Tensor",
+    "packed_conv_transpose": f"(Tensor x, Tensor packed, {_GEOMETRY}, int act, Tensor? add=None) -> Tensor",
     "packed_winograd": f"(Tensor x, Tensor packed, {_GEOMETRY}, int act, Tensor? add=None) -> Tensor",
     "packed_ds_conv": f"(Tensor x, Tensor packed, {_GEOMETRY}, int dw_act, int act, Tensor? add=None) -> Tensor",
     "packed_inverted_residual": f"(Tensor x, Tensor packed, {_GEOMETRY}, int expand_act, int dw_act, int act, "
     "Tensor? add=None) -> Tensor",
+    "concat_affine": "(Tensor[] xs, Tensor? add, Tensor? scale, Tensor? shift, Tensor? slope, bool relu) -> Tensor",
+    "resize": "(Tensor x, SymInt[] size, bool align_corners, bool channels_last) -> Tensor",
+    "repeat_pixels": "(Tensor x, SymInt fy, SymInt fx) -> Tensor",
     "pack_int8": "(Tensor[] weights, Tensor[] scales, Tensor[] biases, int groups, int[] acts, Tensor map_scales, "
     "int[] map_zeros) -> Tensor",
     "packed_int8": f"(Tensor x, Tensor packed, {_GEOMETRY}, Tensor? add=None, float add_scale=1.0, int add_zero=0) -> Tensor",

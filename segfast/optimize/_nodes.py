@@ -14,12 +14,13 @@ from segfast.optimize._capture import Graph, Op
 from segfast.optimize._patterns import (
     IDENTITY,
     Activation,
-    Affine,
     Argmax,
     Aten,
     Block,
+    Concat,
     Convolution,
     Head,
+    Repeat,
     Resize,
     Shuffle,
     Step,
@@ -41,16 +42,9 @@ PREFER = {
     "conv": ("packed_winograd", "packed_conv", "onednn", "aten"),
     "pointwise": ("packed_conv", "onednn", "aten"),
     "depthwise": ("onednn", "aten"),
+    "transposed": ("packed_conv_transpose", "onednn", "aten"),
     "ds_conv": ("packed_ds_conv", "ds_conv", "parts"),
     "inverted_residual": ("packed_inverted_residual", "ds_conv", "parts"),
-}
-# Channels at either end, and of both together: below, oneDNN's direct 3x3 is as fast.
-WINOGRAD_FROM, WINOGRAD_BOTH = 16, 48
-# packed_conv is faster than oneDNN for the first convolution, of few channels, and for 1x1 ones of enough outputs; oneDNN's 3x3
-# with a stride is up to a tenth faster from 64 channels on.
-PACKED_CONV = {
-    "conv": lambda step: step.weight.shape[1] <= 8 and step.taps <= MAX_TAPS,
-    "pointwise": lambda step: step.weight.shape[0] >= 24,
 }
 # Multiply-adds of the pointwise half above which ds_conv, which packs its weights at every call, is faster than two oneDNN
 # convolutions. In bfloat16 it computes in float32 and is not.
@@ -107,13 +101,37 @@ def named(graph: Graph, step: Convolution, *more) -> tuple | None:
     return None if None in names else (*names, *more)
 
 
+def few_or_pointwise(step: Convolution) -> bool:
+    """packed_conv is faster than oneDNN for the first convolution, of few channels, and for 1x1 ones of enough outputs."""
+    outputs, inputs = step.weight.shape[:2]
+    few = inputs <= 8 and step.taps <= MAX_TAPS
+    return step.groups == 1 and (outputs >= 24 if step.pointwise else few)
+
+
 def winograd(step: Convolution) -> bool:
-    k, c, *kernel = step.weight.shape
-    plain = kernel == [3, 3] and tuple(step.stride) == (1, 1) and step.weight.dtype == torch.float32
-    return plain and min(k, c) >= WINOGRAD_FROM and k + c >= WINOGRAD_BOTH
+    """3x3 of stride 1, with so many channels that oneDNN's direct form is slower."""
+    outputs, inputs, *size = step.weight.shape
+    plain = size == [3, 3] and tuple(step.stride) == (1, 1) and step.groups == 1 and step.output.dtype == torch.float32
+    return plain and min(outputs, inputs) >= 16 and outputs + inputs >= 48
 
 
-PACKED = {op for op in ("packed_conv", "packed_winograd", "packed_ds_conv", "packed_inverted_residual") if _backend.has_compiled(op, "CPU")}
+def tiled(step: Convolution) -> bool:
+    """A transposed convolution whose outputs are tiles beside one another."""
+    size = tuple(step.weight.shape[2:])
+    plain = (step.padding, step.output_padding, step.dilation) == ((0, 0), (0, 0), (1, 1)) and step.groups == 1
+    whole = step.output.dtype == torch.float32 or step.weight.shape[0] % 2 == 0  # words of bfloat16
+    return plain and tuple(step.stride) == size and step.taps <= MAX_TAPS and whole
+
+
+SUITS = {"packed_conv": few_or_pointwise, "packed_winograd": winograd, "packed_conv_transpose": tiled}
+PACKED = {
+    op
+    for op in (
+        "packed_conv", "packed_conv_transpose", "packed_winograd", "packed_ds_conv", "packed_inverted_residual",
+        "concat_affine", "resize", "repeat_pixels",
+    )
+    if _backend.has_compiled(op, "CPU")
+}  # fmt: skip
 
 
 def has(op: str) -> bool:
@@ -164,14 +182,12 @@ class Builder:
 
     def convolution(self, step: Convolution) -> tuple[str, Run, list[Op]]:
         self.owned.add(step.output)
-        kind = "depthwise" if step.depthwise else "pointwise" if step.pointwise else "conv"
+        kind = "transposed" if step.transposed else "depthwise" if step.depthwise else "pointwise" if step.pointwise else "conv"
         native = self.native(step)
-        dense = step.groups == 1 and not step.transposed and step.act.code is not None
         for who in PREFER[kind]:
-            if who == "packed_winograd" and dense and self.packable(step) and has(who) and winograd(step):
-                return self.packed(step, [step], torch.ops.segfast.pack_winograd.default, torch.ops.segfast.packed_winograd.default)
-            if who == "packed_conv" and dense and self.packable(step) and has(who) and PACKED_CONV[kind](step):
-                return self.packed(step, [step], torch.ops.segfast.pack_conv.default, torch.ops.segfast.packed_conv.default)
+            if who in SUITS and step.act.code is not None and self.packable(step) and has(who) and SUITS[who](step):
+                pack = getattr(torch.ops.segfast, who.replace("packed_", "pack_"))
+                return self.packed(step, [step], pack.default, getattr(torch.ops.segfast, who).default)
             if who == "onednn" and native and self.onednn and step.act.name in ONEDNN:
                 return self.onednn_convolution(step)
         return self.aten_convolution(step)
@@ -316,14 +332,34 @@ class Builder:
 
     # -- the rest
 
-    def affine(self, step: Affine) -> tuple[str, Run, list[Op]]:
+    def concat(self, step: Concat) -> tuple[str, Run, list[Op]]:
         self.owned.add(step.output)
+        maps = len(step.inputs) - step.added
+        scale = shift = slope = None
+        if step.norm is not None:
+            scale, shift = self.weights.scale(step.norm, self.graph)
+        if step.slope is not None:
+            slope = self.weights.exact(step.slope, self.graph).expand(step.output.shape[1])
+        if has("concat_affine") and self.native(step):
+            kernel = torch.ops.segfast.concat_affine.default
+            floats = [None if v is None else v.float().contiguous() for v in (scale, shift, slope)]
+            relu = step.act.name == "relu"
+
+            def run(*xs):
+                return kernel(xs[:maps], xs[maps] if step.added else None, *floats, relu)
+
+            return "segfast::concat_affine", run, step.inputs
         dtype = step.output.dtype
-        scale, shift = (t.to(dtype).view(1, -1, 1, 1) for t in self.weights.scale(step.norm, self.graph))
+        scale, shift, slope = (None if v is None else v.to(dtype).view(1, -1, 1, 1) for v in (scale, shift, slope))
         act = function(step.act)
-        if self.overwritable(step.inputs[0], step):
-            return "ATen, in place", lambda x: act(x.mul_(scale).add_(shift)), step.inputs
-        return "ATen", lambda x: act(torch.addcmul(shift, x, scale)), step.inputs
+
+        def plain(*xs):
+            x = xs[0] if maps == 1 else torch.cat(xs[:maps], 1)
+            x = x + xs[maps] if step.added else x
+            x = x if scale is None else torch.addcmul(shift, x, scale)
+            return act(x) if slope is None else torch.where(x < 0, x * slope, x)
+
+        return "ATen", plain, step.inputs
 
     def resize(self, step: Resize) -> tuple[str, Run, list[Op]]:
         self.owned.add(step.output)
@@ -334,12 +370,23 @@ class Builder:
             return "nothing: the same size", lambda x: x, step.inputs
         if x.shape[2:] == (1, 1) and 0 not in shape:  # its layout says nothing; a map that is not channels_last costs its readers
             return "ATen, expanded", lambda x: x.expand(shape).contiguous(memory_format=CHANNELS_LAST), step.inputs
+        if has("resize") and self.native(step):
+            kernel = torch.ops.segfast.resize.default
+            between = step.output.users != [None]  # a network's own result is planar, as most who read it want it
+            return "segfast::resize", lambda x: kernel(x, size, align_corners, between), step.inputs
         kernel = aten.upsample_bilinear2d.out
 
         def run(x):
             return kernel(x, size, align_corners, None, None, out=_backend.empty(shape, x))
 
         return "ATen, into large pages", run, step.inputs
+
+    def repeat(self, step: Repeat) -> tuple[str, Run, list[Op]]:
+        self.owned.add(step.output)
+        if has("repeat_pixels") and self.native(step):
+            kernel = torch.ops.segfast.repeat_pixels.default
+            return "segfast::repeat_pixels", lambda x: kernel(x, *step.factors), step.inputs
+        return "ATen", lambda x: aten.upsample_nearest2d.default(x, step.output.shape[2:]), step.inputs
 
     def head(self, step: Head) -> tuple[str, Run, list[Op]]:
         size, align_corners = step.size, step.align_corners

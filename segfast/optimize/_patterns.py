@@ -104,12 +104,23 @@ class Block(Step):
 
 
 @dataclass(eq=False)
-class Affine(Step):
-    """activation(BatchNorm(x)) that follows no convolution."""
+class Concat(Step):
+    """activation(BatchNorm(concatenation + add)) that follows no convolution, each of them optional; add is the last input."""
 
-    norm: tuple
-    act: Activation
-    kind = "batch_norm"
+    added: bool = False
+    norm: tuple | None = None
+    act: Activation = IDENTITY
+    slope: Op | None = None  # of a PReLU
+
+    @property
+    def kind(self) -> str:
+        parts = [
+            *(["cat"] if len(self.inputs) - self.added > 1 else []),
+            *(["add"] if self.added else []),
+            *(["batch_norm"] if self.norm else []),
+            *(["relu"] if self.act.name else ["prelu"] if self.slope else []),
+        ]
+        return "+".join(parts)
 
 
 @dataclass(eq=False)
@@ -119,6 +130,14 @@ class Resize(Step):
     size: Pair
     align_corners: bool
     kind = "resize"
+
+
+@dataclass(eq=False)
+class Repeat(Step):
+    """Nearest interpolation by whole factors."""
+
+    factors: Pair
+    kind = "resize_nearest"
 
 
 @dataclass(eq=False)
@@ -175,12 +194,14 @@ def match(graph: Graph) -> list[Step]:
     for op in graph.ops:
         if op in taken:
             continue
-        if op.kind in NORMS:
-            take(affine(op, free, graph))
-        elif op.kind in ("cat", "view", "reshape", "channel_shuffle", "native_channel_shuffle"):
+        if op.kind in ("cat", "view", "reshape", "channel_shuffle", "native_channel_shuffle"):
             take(shuffle(op, free))
         elif op.kind == "upsample_bilinear2d":
             take(resize(op))
+        elif op.kind == "upsample_nearest2d":
+            take(repeat(op))
+        if op not in taken and op.kind in ("cat", "prelu", *NORMS):
+            take(concat(op, free, graph))
     # Depthwise and pointwise first: in a row of such pairs the pointwise before a depthwise belongs to the pair before.
     for grown in (separable, inverted):
         for step in dict.fromkeys(taken.values()):
@@ -300,8 +321,18 @@ PARAMETERS = {
 
 def extend(step: Convolution, free: Free) -> None:
     """Take along an addition of an equal map, and the activation at the end."""
+    if not step.transposed:
+        add(step, free)
     following = free.next(step.output)
-    if following is not None and following.kind == "add" and not step.transposed:
+    act = activation(following)
+    if act is not None:
+        step.covers.append(following)
+        step.act = act
+
+
+def add(step: Convolution | Concat, free: Free) -> None:
+    following = free.next(step.output)
+    if following is not None and following.kind == "add":
         others = [a for a in following.args[:2] if a is not step.output]
         scale = following.kwargs.get("alpha", 1)
         if (
@@ -313,11 +344,6 @@ def extend(step: Convolution, free: Free) -> None:
             step.covers.append(following)
             step.inputs.append(others[0])
             step.added = True
-    following = free.next(step.output)
-    act = activation(following)
-    if act is not None:
-        step.covers.append(following)
-        step.act = act
 
 
 def separable(step: Step, taken: dict[Op, Step]) -> Block | None:
@@ -349,15 +375,48 @@ def sole_reader(step: Step, taken: dict[Op, Step]) -> Step | None:
     return taken.get(users[0]) if len(users) == 1 and users[0] is not None else None
 
 
-def affine(op: Op, free: Free, graph: Graph) -> Affine | None:
-    found = norm(op, graph)
-    if found is None:
+def concat(op: Op, free: Free, graph: Graph) -> Concat | None:
+    if op.shape is None or len(op.shape) != 4:
         return None
-    following = free.next(op)
-    act = activation(following)
-    if act is None or act.name not in ("relu",):
-        return Affine([op], [op.args[0]], found, IDENTITY)
-    return Affine([op, following], [op.args[0]], found, act)
+    step = Concat([op], concatenated(op) or [op.args[0]])
+    if op.kind == "cat":
+        if concatenated(op) is None:
+            return None
+        add(step, free)
+        op = free.next(op if not step.added else step.output)
+    found = norm(op, graph)
+    if found is not None and (op is step.output or op.args[0] is step.output):
+        step.norm = found
+        if op is not step.output:
+            step.covers.append(op)
+        op = free.next(op)
+    slope = prelu(op, graph)
+    if step.norm is None and slope is None and op is step.output:
+        return None
+    if slope is not None:
+        step.slope = slope
+    elif op is not None and activation(op) == Activation("relu"):
+        step.act = Activation("relu")
+    if (step.slope or step.act.name) and op is not step.output:
+        step.covers.append(op)
+    return step
+
+
+def concatenated(op: Op) -> list[Op] | None:
+    """What is concatenated over the channels."""
+    if op.kind != "cat":
+        return None
+    tensors, dim = op.args[0], op.args[1] if len(op.args) > 1 else op.kwargs.get("dim", 0)
+    if dim not in (1, -3) or op.shape is None or len(op.shape) != 4:
+        return None
+    return list(tensors) if all(t.dtype == op.dtype and len(t.shape) == 4 for t in tensors) else None
+
+
+def prelu(op: Op | None, graph: Graph) -> Op | None:
+    """The slope of a PReLU that is known."""
+    if op is None or op.kind != "prelu" or op.args[1] not in graph.tensors or op.value != op.args[0].value:
+        return None
+    return op.args[1]
 
 
 def interpolation(op: Op | None) -> tuple[Op, Pair, bool] | None:
@@ -375,6 +434,19 @@ def interpolation(op: Op | None) -> tuple[Op, Pair, bool] | None:
 def resize(op: Op) -> Resize | None:
     found = interpolation(op)
     return None if found is None else Resize([op], [found[0]], *found[1:])
+
+
+def repeat(op: Op) -> Repeat | None:
+    x = op.args[0]
+    if x.shape is None or len(x.shape) != 4 or 0 in x.shape:
+        return None
+    sizes = list(zip(x.shape[2:], op.shape[2:]))
+    factors = tuple(after // before for before, after in sizes)
+    scales = op.args[2] if op.target._overloadname == "vec" and len(op.args) > 2 else list(op.args[2:4])
+    whole = all(after % before == 0 for before, after in sizes)
+    if not whole or any(scale is not None and scale != factor for scale, factor in zip(scales or [], factors)):
+        return None
+    return Repeat([op], [x], factors)
 
 
 def head(op: Op, free: Free) -> Head | Argmax | None:
@@ -404,10 +476,9 @@ def shuffle(op: Op, free: Free) -> Shuffle | None:
         return Shuffle([op], [op.args[0]], op.args[1])
     covers, inputs = [], [op.args[0]]
     if op.kind == "cat":
-        tensors, dim = op.args[0], op.args[1] if len(op.args) > 1 else op.kwargs.get("dim", 0)
-        if dim not in (1, -3) or op.shape is None or len(op.shape) != 4 or any(t.dtype != op.dtype for t in tensors):
+        if concatenated(op) is None:
             return None
-        covers, inputs = [op], list(tensors)
+        covers, inputs = [op], concatenated(op)
         following = free.next(op)
         if following is not None and following.kind in ("channel_shuffle", "native_channel_shuffle"):
             return Shuffle([op, following], inputs, following.args[1])

@@ -1,0 +1,149 @@
+"""The private inference ops on maps (concat_affine, resize, repeat_pixels, packed_conv_transpose), by the error rule."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from harness import judge
+from test_packed import ACTS, DTYPES, OPS, kernel_set, last  # noqa: F401  the fixture
+
+from segfast import _backend
+
+pytestmark = pytest.mark.skipif(
+    _backend._C is None or _backend.requested == "reference", reason="no kernels: nothing is packed without them"
+)
+
+
+def same_on_two_threads(call):
+    threads, results = torch.get_num_threads(), []
+    try:
+        for number in (1, 2):
+            torch.set_num_threads(number)
+            results.append(call())
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(*[torch.nan_to_num(y) for y in results])
+    return results[0]
+
+
+AFTER = ["", "relu", "prelu"]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("after", AFTER)
+@pytest.mark.parametrize(("added", "affine"), list(itertools.product([False, True], [False, True])))
+def test_concat_affine(kernel_set, dtype, after, added, affine):  # noqa: F811
+    torch.manual_seed(0)
+    for channels, h, w in [((3, 16, 25), 7, 9), ((19,), 1, 1), ((32, 48), 20, 30), ((1, 1, 1), 5, 40)]:
+        total = sum(channels)
+        maps = [torch.randn(2, c, h, w).to(dtype) for c in channels]
+        maps = [x if i == 0 else last(x) for i, x in enumerate(maps)]  # one of them planar
+        more = last(torch.randn(2, total, h, w)).to(dtype) if added else None
+        scale, shift, slope = torch.randn(3, total).bfloat16().float().unbind()
+        kept = (scale, shift) if affine else (None, None)
+        kept_slope = slope if after == "prelu" else None
+        y = same_on_two_threads(lambda: OPS.concat_affine(maps, more, *kept, kept_slope, after == "relu"))  # noqa: B023
+        assert y.is_contiguous(memory_format=torch.channels_last)
+
+        def reference(call):
+            *maps, more, scale, shift, slope = call
+            x = torch.cat(maps, 1)
+            x = x + more if added else x
+            column = lambda v: v.to(x.dtype).view(1, -1, 1, 1)  # noqa: E731
+            x = x * column(scale) + column(shift) if affine else x
+            return [last(F.relu(x) if after == "relu" else F.prelu(x, slope.to(x.dtype)) if after == "prelu" else x)]
+
+        judge(f"{channels} {after}", ["outputs[0]"], [y], reference, (*maps, more, scale, shift, slope), dtype)
+    assert OPS.concat_affine([torch.randn(0, 3, 4, 4)], None, None, None, None, False).shape == (0, 3, 4, 4)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("align_corners", [False, True])
+def test_resize(kernel_set, dtype, channels_last, align_corners):  # noqa: F811
+    torch.manual_seed(0)
+    for c, h, w, size in [(19, 8, 12, (64, 96)), (3, 5, 7, (9, 30)), (33, 6, 1, (1, 5)), (16, 31, 20, (7, 3)), (5, 1, 1, (4, 4))]:
+        for layout in (last, torch.Tensor.contiguous):
+            x = layout(torch.randn(2, c, h, w)).to(dtype)
+            y = same_on_two_threads(lambda: OPS.resize(x, size, align_corners, channels_last))  # noqa: B023
+            to = last if channels_last else torch.Tensor.contiguous
+
+            def reference(call):
+                return [to(F.interpolate(call[0], size, mode="bilinear", align_corners=align_corners))]  # noqa: B023
+
+            assert to(y) is y
+            judge(f"{(c, h, w)} {size}", ["outputs[0]"], [y], reference, (x,), dtype)
+    assert OPS.resize(torch.randn(0, 3, 4, 4), (8, 8), False, channels_last).shape == (0, 3, 8, 8)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_resize_keeps_what_is_not_finite(kernel_set, channels_last):  # noqa: F811
+    x = last(torch.randn(1, 4, 6, 6))
+    x[0, 1, 2, 3], x[0, 2, 4, 1] = float("nan"), float("inf")
+    y, exact = OPS.resize(x, (24, 24), False, channels_last), F.interpolate(x, (24, 24), mode="bilinear")
+    assert torch.equal(y.isfinite(), exact.isfinite())
+    assert torch.equal(y.isposinf(), exact.isposinf())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_repeat_pixels(kernel_set, dtype):  # noqa: F811
+    for shape, factors in [((2, 19, 5, 7), (2, 2)), ((1, 3, 4, 9), (1, 3)), ((1, 16, 3, 3), (4, 1)), ((0, 2, 3, 3), (2, 2))]:
+        x = torch.randn(shape).to(dtype)
+        size = [s * f for s, f in zip(shape[2:], factors)]
+        y = same_on_two_threads(lambda: OPS.repeat_pixels(x, *factors))  # noqa: B023
+        assert y.is_contiguous(memory_format=torch.channels_last)
+        assert torch.equal(y, x.repeat_interleave(factors[0], 2).repeat_interleave(factors[1], 3))
+        assert not y.numel() or torch.equal(y, F.interpolate(x, size))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "shape", [(2, 6, 19, 5, 7, 2, 2), (1, 64, 8, 3, 40, 2, 2), (1, 4, 33, 2, 3, 3, 1), (1, 18, 1, 9, 4, 1, 4)], ids=str
+)
+def test_packed_conv_transpose(kernel_set, dtype, shape):  # noqa: F811
+    n, c, k, h, w, kh, kw = shape
+    torch.manual_seed(0)
+    weight, bias = (torch.randn(c, k, kh, kw) / c**0.5).bfloat16().float(), torch.randn(k).bfloat16().float()
+    packed = OPS.pack_conv_transpose(weight, bias, 1, dtype)
+    x, more = last(torch.randn(n, c, h, w)).to(dtype), last(torch.randn(n, k, h * kh, w * kw)).to(dtype)
+    for act, add in itertools.product(range(5), (None, more)):
+        geometry = [kh, kw], [0, 0], [1, 1]
+        y = same_on_two_threads(lambda: OPS.packed_conv_transpose(x, packed, *geometry, act, add))  # noqa: B023
+
+        def reference(call):
+            x, weight, bias = call
+            y = F.conv_transpose2d(x, weight, bias, (kh, kw))
+            return [last(ACTS[act](y if add is None else y + add.to(y.dtype)))]  # noqa: B023
+
+        judge(f"{shape} {act}", ["outputs[0]"], [y], reference, (x, weight.to(dtype), bias.to(dtype)), dtype)
+
+
+def test_wrong_arguments_raise():
+    x = torch.randn(1, 4, 5, 5)
+    vector = torch.randn(4)
+    packed = OPS.pack_conv_transpose(torch.randn(4, 3, 2, 2), torch.randn(3), 1)
+    dense = OPS.pack_conv(torch.randn(3, 4, 2, 2), torch.randn(3), 1)
+    odd = OPS.pack_conv_transpose(torch.randn(5, 3, 2, 2), torch.randn(3), 1, torch.bfloat16)
+    pair, zeros, ones = [2, 2], [0, 0], [1, 1]
+    wrong = [
+        ("float32 or bfloat16", lambda: OPS.concat_affine([x.double()], None, None, None, None, False)),
+        ("one size", lambda: OPS.concat_affine([x, x[:, :, :4]], None, None, None, None, False)),
+        ("add", lambda: OPS.concat_affine([x, x], x, None, None, None, False)),
+        ("neither", lambda: OPS.concat_affine([x], None, vector, None, None, False)),
+        ("each channel", lambda: OPS.concat_affine([x, x], None, vector, vector, None, False)),
+        ("float32 or bfloat16", lambda: OPS.resize(x.double(), (5, 5), False, True)),
+        ("sizes", lambda: OPS.resize(x, (0, 5), False, True)),
+        ("factors", lambda: OPS.repeat_pixels(x, 0, 1)),
+        ("stride of the kernel", lambda: OPS.packed_conv_transpose(x, packed, ones, zeros, ones, 0)),
+        ("stride of the kernel", lambda: OPS.packed_conv_transpose(x, packed, pair, ones, ones, 0)),
+        ("even", lambda: OPS.packed_conv_transpose(torch.randn(1, 5, 2, 2).bfloat16(), odd, pair, zeros, ones, 0)),
+        ("pack_conv_transpose", lambda: OPS.packed_conv_transpose(x, dense, pair, zeros, ones, 0)),
+        ("groups", lambda: OPS.pack_conv_transpose(torch.randn(4, 3, 2, 2), torch.randn(3), 2)),
+        ("bias", lambda: OPS.pack_conv_transpose(torch.randn(4, 3, 2, 2), torch.randn(4), 1)),
+    ]  # fmt: skip
+    for message, call in wrong:
+        with pytest.raises(RuntimeError, match=message):
+            call()
