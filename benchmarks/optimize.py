@@ -111,11 +111,12 @@ def ratio(row: Row, result: dict) -> tuple[float, str] | None:
 
 KERNELS = """## Kernels over packed weights
 
-Separable blocks, inverted residuals, 1x1 convolutions, the first convolution and transposed convolutions into tiles run on kernels
-of this package, the maps inside a block staying in the cache. So do, in float32, 3x3 convolutions of stride 1 and enough channels,
-by Winograd's filtering F(2x2, 3x3): 16 multiplications instead of 36, errors no larger than the direct form's, but a value that is
-not finite spreads over the 4x4 inputs of its tile. Concatenation runs with the sum, BatchNorm, ReLU or PReLU that follow it, bilinear
-interpolation writes channels_last maps, and N C H W where it is the network's own result.
+Separable blocks, inverted residuals, 1x1 convolutions, the first convolution and transposed convolutions into tiles run on
+kernels of this package, the maps inside a block staying in the cache. So do, in float32, 3x3 convolutions of stride 1 and
+enough channels, by Winograd's filtering F(2x2, 3x3): 16 multiplications instead of 36, errors no larger than the direct
+form's, but a value that is not finite spreads over the 4x4 inputs of its tile. Concatenation runs with the sum, BatchNorm,
+ReLU or PReLU that follow it, bilinear interpolation writes channels_last maps, and N C H W where it is the network's own
+result.
 
 - float32: AVX-512, AVX2 or portable.
 - bfloat16: with AVX512-BF16 dot products of pairs, summed in float32; taken where the processor has them and no AMX, whose tiles

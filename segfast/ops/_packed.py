@@ -1,9 +1,9 @@
-"""Private inference ops, over weights packed once and on maps: schemas. CPU, channels_last, no gradients; float32, bfloat16, int8.
+"""Private inference ops, over weights packed once and on maps: schemas. CPU, channels_last, no gradients.
 
-Importing this module defines `torch.ops.segfast.pack_*`, `packed_*` and what joins maps; activations are the numbers of `ds_conv.ACTIVATIONS`.
-Weights are given in float32 and packed for the dtype of the maps: in bfloat16 those of the products are rounded to it. A packed
-weight is opaque bytes, from which no fake tensor can tell the number of output channels: there are no fakes, and the operations
-are to be called on real tensors only, never inside a graph that is traced.
+Importing this module defines `torch.ops.segfast.pack_*`, `packed_*` and what joins maps; activations are the numbers of
+`ds_conv.ACTIVATIONS`. Weights are given in float32 and packed for the dtype of the maps: in bfloat16 those of the products
+are rounded to it. A packed weight is opaque bytes, from which no fake tensor can tell the number of output channels: there
+are no fakes, and the operations are to be called on real tensors only, never inside a graph that is traced.
 """
 
 from __future__ import annotations
