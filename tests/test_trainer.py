@@ -5,6 +5,7 @@ import math
 import os
 import pickle
 import random
+import re
 import resource
 import signal
 import subprocess
@@ -18,8 +19,10 @@ import torch.nn.functional as F
 from conftest import count
 from torch import nn
 
+from segfast.data import Stream
 from segfast.engine import Average, Config, LabelLoss, Stopped, checkpoint, fit, load_network
 from segfast.engine import config as configs
+from segfast.engine.run import make_dataset
 from segfast.models import Output
 
 TINY = {
@@ -407,6 +410,7 @@ TWO = textwrap.dedent(
     import json, os, sys
     import torch
     from torch import nn
+    from segfast.data import SyntheticStreets
     from segfast.engine import Config, fit
     from segfast.models import Output, SegmentationModel, register_model
 
@@ -428,9 +432,16 @@ TWO = textwrap.dedent(
     def small(num_classes=19):
         return Small(num_classes)
 
-    options, folder, port = json.loads(sys.argv[1]), sys.argv[2], sys.argv[3]
+    options, folder, port, worlds, broken = json.loads(sys.argv[1]), sys.argv[2], *sys.argv[3:4], *map(json.loads, sys.argv[4:])
+    read = SyntheticStreets.__getitem__
+
+    def item(self, index):
+        image, labels = read(self, index)
+        return image * float("nan") if index == broken else image, labels
+
+    SyntheticStreets.__getitem__ = item
     children = []
-    for world in (1, 2):
+    for world in worlds:
         for rank in range(world):
             child = os.fork()
             if child:
@@ -457,14 +468,39 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
+SMALL = {**TINY, "model": "small", "model_options": {}, "batch": 4}
+
+
+def processes(folder: Path, options: dict, worlds: list[int], broken: int = -1) -> subprocess.CompletedProcess:
+    """Runs of as many processes as `worlds` says; the scene `broken` is read as NaN."""
+    command = [sys.executable, "-c", TWO, json.dumps(options), folder, free_port(), worlds, broken]
+    return subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=240, check=False)
+
+
 def test_two_processes_are_one_with_the_doubled_batch(tmp_path):
-    options = {**TINY, "model": "small", "model_options": {}, "batch": 4, "steps": 4, "freeze_bn": True, "optimizer": "sgd"}
+    options = {**SMALL, "steps": 4, "freeze_bn": True, "optimizer": "sgd"}
     options |= {"accumulate": 2, "learning_rate": 0.1, "clip": 1.0}
-    command = [sys.executable, "-c", TWO, json.dumps(options), str(tmp_path), str(free_port())]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    done = processes(tmp_path, options, [1, 2])
     assert done.returncode == 0, done.stderr
+    # What is logged is of all processes, not of the first one's share.
+    for alone, together in zip(*([entry for entry in lines(tmp_path / name) if "loss" in entry] for name in ("1", "2"))):
+        assert set(alone) == {"step", "learning_rate", "loss", "labels", "auxiliary"}
+        assert together == pytest.approx(alone, rel=1e-5)
     one, two = (checkpoint.load(tmp_path / name / "last.safetensors")[0] for name in ("1", "2"))
     for which in ("miou", "pixel_accuracy"):
         assert lines(tmp_path / "1")[-1][which] == pytest.approx(lines(tmp_path / "2")[-1][which], abs=0.01)
     for name in one:
         torch.testing.assert_close(one[name], two[name], rtol=1e-5, atol=1e-6)
+
+
+def test_a_loss_that_is_not_finite_in_one_process_stops_all(tmp_path):
+    options = {**SMALL, "images": 12}
+    stream = Stream(make_dataset(Config(**options), "train"), None, seed=0)
+    second = [stream.index(position) for position in (6, 7)]  # the second process's share of the second step
+    done = processes(tmp_path, options, [2], max(second))
+    errors = [line for line in done.stderr.splitlines() if "Error" in line]
+    assert len(errors) == 2, done.stderr
+    for error in errors:
+        assert "FloatingPointError" in error
+        assert "the loss is nan after step 2:" in error
+        assert [int(number) for number in re.findall(r"scene (\d+) of", error)] == second

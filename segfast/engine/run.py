@@ -143,6 +143,12 @@ class Processes:
             dist.all_reduce(x, how)
         return x.cpu()
 
+    def gather(self, x: Tensor) -> Tensor:
+        """One tensor (processes, ...) of what every process has."""
+        rows = torch.zeros(self.world, *x.shape, dtype=x.dtype)
+        rows[self.rank] = x
+        return self.reduce(rows)
+
     def close(self) -> None:
         if self.joined:
             dist.destroy_process_group()
@@ -189,6 +195,7 @@ class Run:
         self.device, self.alone = self.processes.device, self.processes.rank == 0
         self.method, self.events, self.signal = None, None, 0
         self.step, self.best, self.seconds, self.due = 0, -1.0, 0.0, False
+        self.broken: list[int] = []
         if config.batch % self.processes.world:
             raise ValueError(f"config: want batch to be divided by the {self.processes.world} processes, got {config.batch}")
         self.claim()
@@ -315,11 +322,15 @@ class Run:
         teacher = None if logits is None else Output(logits, (), {})
         return self.method(images, labels, student_out=output, teacher_out=teacher)
 
+    def positions(self, batch: int, rank: int) -> list[int]:
+        """A process's share of a batch."""
+        own = self.config.batch // self.processes.world
+        start = batch * self.config.batch + rank * own
+        return list(range(start, start + own))
+
     def batches(self, first: int, last: int) -> Iterator[tuple[Tensor, ...]]:
         """This process's share of the batches `first` to `last`, on the device, ready for the network."""
-        size, world, rank = self.config.batch, self.processes.world, self.processes.rank
-        own = size // world
-        positions = [list(range(b * size + rank * own, b * size + (rank + 1) * own)) for b in range(first, last)]
+        positions = [self.positions(batch, self.processes.rank) for batch in range(first, last)]
         # Its own generator: a loader draws a seed when it starts, which a resumed run would draw once more.
         loader = DataLoader(
             self.stream, batch_sampler=positions, num_workers=self.config.workers, generator=torch.Generator(),
@@ -358,7 +369,7 @@ class Run:
             self.trained.train()
 
             def after_step() -> dict[str, float]:
-                extra = self.method.extra_step() if self.method else {}
+                extra = self.average_terms(self.method.extra_step()) if self.method else {}
                 if self.average:
                     self.average.update()
                 return extra
@@ -389,6 +400,7 @@ class Run:
                     poly(config.power, config.warmup / config.steps), done,
                     start=self.step, accumulate=config.accumulate, clip=config.clip, scaler=self.scaler,
                     autocast=lambda: torch.autocast(self.device.type, dtype, enabled=dtype is not None),
+                    average=self.average_terms,
                     before_step=self.method.average_gradients if self.method and self.processes.world > 1 else None,
                     after_step=after_step,
                 )  # fmt: skip
@@ -398,9 +410,19 @@ class Run:
         scores = json.loads((self.folder / "result.json").read_text()) if self.alone else {}
         return scores
 
+    def average_terms(self, values: dict[str, float]) -> dict[str, float]:
+        """Means over all processes; notes which of them have one that is not finite."""
+        if not values:
+            return values
+        rows = self.processes.gather(torch.tensor(list(values.values()), dtype=torch.float64))
+        self.broken = [rank for rank, row in enumerate(rows) if not row.isfinite().all()]
+        return dict(zip(values, rows.mean(0).tolist()))
+
     def names(self, step: int) -> list[str]:
-        size = self.config.batch * self.config.accumulate
-        return [self.train_set.describe(self.stream.index(p)) for p in range(step * size, (step + 1) * size)]
+        """What the processes that broke a step read for it."""
+        batches = range(step * self.config.accumulate, (step + 1) * self.config.accumulate)
+        positions = [p for batch in batches for rank in self.broken for p in self.positions(batch, rank)]
+        return [self.train_set.describe(self.stream.index(p)) for p in positions]
 
     def state_hint(self) -> str:
         path = self.folder / "state.safetensors"

@@ -37,6 +37,7 @@ def train(
     clip: float = 0.0,
     autocast: Callable[[], AbstractContextManager] = nullcontext,
     scaler: torch.amp.GradScaler | None = None,
+    average: Callable[[dict[str, float]], dict[str, float]] | None = None,
     before_step: Callable[[], None] | None = None,
     after_step: Callable[[], dict[str, float]] | None = None,
 ) -> list[dict[str, float]]:
@@ -55,6 +56,7 @@ def train(
         clip: largest norm of the gradient; 0: any.
         autocast: makes the context of the forward.
         scaler: of the loss, for float16.
+        average: of the terms over several processes, so that all of them stop at a loss that is not finite in one.
         before_step: called between the backward and the optimiser's step.
         after_step: called after it; what it returns goes among the terms.
 
@@ -90,6 +92,8 @@ def train(
                 (scaler.scale(total) if scaler else total).backward()
             for name, term in {"loss": total * accumulate, **terms}.items():
                 values[name] = values.get(name, 0.0) + float(term.detach() if isinstance(term, Tensor) else term) / accumulate
+        if average:
+            values = average(values)
         if values["loss"] - values["loss"] != 0:
             raise FloatingPointError(f"train: the loss is {values['loss']} after step {step + 1}: {values}")
         if before_step:
