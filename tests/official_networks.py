@@ -87,6 +87,128 @@ def fanet_trained() -> nn.Module:
         return load("ptsemseg.models.fanet.fanet").FANet(19, norm_layer=ActivatedBatchNorm)
 
 
+class InPlaceABN(nn.BatchNorm2d):
+    """What the CUDA extension of irfanICMLL/structure_knowledge_distillation computes while evaluating."""
+
+    def __init__(self, channels, activation="leaky_relu", affine=True):
+        super().__init__(channels, affine=affine)
+        self.activation = activation
+
+    def forward(self, x):
+        y = F.batch_norm(x, self.running_mean, self.running_var, self.weight.abs() + self.eps, self.bias, eps=self.eps)
+        return F.leaky_relu(y, 0.01) if self.activation == "leaky_relu" else y
+
+
+def pspnet(depth: int) -> nn.Module:
+    """irfanICMLL/structure_knowledge_distillation: (logits at stride 8, auxiliary logits, what the classifier reads, ...)."""
+    folder = found("structure_knowledge_distillation/networks/pspnet_combine.py").parents[1]
+    stubs = {"libs": {"InPlaceABN": InPlaceABN, "InPlaceABNSync": InPlaceABN}, "networks": {"__path__": [f"{folder}/networks"]}}
+    with imports(folder, stubs) as load:
+        module = load("networks.pspnet_combine")
+    block, depths = {18: (module.BasicBlock, [2, 2, 2, 2]), 101: (module.Bottleneck, [3, 4, 23, 3])}[depth]
+    return module.Res_pspnet(block, depths, 19)
+
+
+class Head(nn.Module):
+    """What mmsegmentation's decode heads share, as far as FPNHead needs it."""
+
+    def __init__(self, in_channels, channels, num_classes, input_transform, align_corners=False):
+        super().__init__()
+        self.in_channels, self.channels, self.align_corners = in_channels, channels, align_corners
+        self.conv_cfg = self.act_cfg = None
+        self.norm_cfg = {"type": "BN"}
+        self.conv_seg = nn.Conv2d(channels, num_classes, 1)
+
+    def _transform_inputs(self, inputs):
+        return inputs
+
+    def cls_seg(self, x):
+        return self.conv_seg(x)
+
+
+class ConvModule(nn.Module):
+    """mmcv's unit: an activation follows a norm in the head, and neither is in the neck."""
+
+    def __init__(self, inputs, outputs, kernel_size, padding=0, conv_cfg=None, norm_cfg=None, act_cfg=None, inplace=False):
+        super().__init__()
+        self.conv = nn.Conv2d(inputs, outputs, kernel_size, padding=padding, bias=norm_cfg is None)
+        self.bn = None if norm_cfg is None else nn.BatchNorm2d(outputs)
+
+    def forward(self, x):
+        return self.conv(x) if self.bn is None else F.relu_(self.bn(self.conv(x)))
+
+
+class Upsample(nn.Module):
+    def __init__(self, scale_factor, mode, align_corners):
+        super().__init__()
+        self.options = {"scale_factor": scale_factor, "mode": mode, "align_corners": align_corners}
+
+    def forward(self, x):
+        return F.interpolate(x, **self.options)
+
+
+class BaseModule(nn.Module):
+    """mmcv's, whose configuration of the initialisation nobody reads here."""
+
+    def __init__(self, init_cfg=None):
+        super().__init__()
+
+
+class Registry:
+    def register_module(self):
+        return lambda kind: kind
+
+
+def passed_on(function=None, **options):
+    return function if function else passed_on
+
+
+def fpn(channels: tuple[int, ...], classes: int) -> nn.Module:
+    """The neck and the head of a release 0 of open-mmlab/mmsegmentation, for an encoder of these channels."""
+    folder = found("mmsegmentation/mmseg/models/necks/fpn.py").parents[3]
+    models = folder / "mmseg" / "models"
+    stubs = {
+        "IPython": {"embed": None},
+        "mmcv": {},
+        "mmcv.cnn": {"ConvModule": ConvModule, "xavier_init": None},
+        "mmcv.runner": {"BaseModule": BaseModule, "auto_fp16": lambda: passed_on},
+        "mmseg": {"__path__": []},
+        "mmseg.ops": {"resize": F.interpolate, "Upsample": Upsample},
+        "mmseg.models": {"__path__": []},
+        "mmseg.models.builder": {"NECKS": Registry(), "HEADS": Registry()},
+        "mmseg.models.necks": {"__path__": [f"{models}/necks"]},
+        "mmseg.models.decode_heads": {"__path__": [f"{models}/decode_heads"]},
+        "mmseg.models.decode_heads.decode_head": {"BaseDecodeHead": Head},
+    }
+    with imports(folder, stubs) as load:
+        neck = load("mmseg.models.necks.fpn").FPN
+        head = load("mmseg.models.decode_heads.fpn_head").FPNHead
+    network = nn.Module()
+    network.neck = neck(list(channels), 256, 4)
+    network.decode_head = head([4, 8, 16, 32], in_channels=[256] * 4, channels=128, num_classes=classes)
+    return network
+
+
+def poolformer_fpn(classes: int) -> nn.Module:
+    """sail-sg/poolformer's PoolFormer-S12 with mmsegmentation's neck and head; logits at stride 4."""
+    folder = found("poolformer/models/poolformer.py").parents[1]
+    layers = {"DropPath": nn.Identity, "trunc_normal_": nn.init.trunc_normal_, "to_2tuple": lambda x: (x, x)}
+    stubs = {
+        "models": {"__path__": [f"{folder}/models"]},
+        "timm.models.layers": layers,
+        "timm.models.layers.helpers": layers,
+        "timm.models.registry": {"register_model": passed_on},
+        "timm.data": {"IMAGENET_DEFAULT_MEAN": None, "IMAGENET_DEFAULT_STD": None},
+    }
+    channels = (64, 128, 320, 512)
+    with imports(folder, stubs) as load, contextlib.redirect_stdout(None):
+        kind = load("models.poolformer").PoolFormer
+    network = fpn(channels, classes)
+    network.backbone = kind([2, 2, 6, 2], list(channels), mlp_ratios=[4] * 4, downsamples=[True] * 4, fork_feat=True)
+    network.forward = lambda x: network.decode_head(network.neck(network.backbone(x)))
+    return network
+
+
 def fasterseg(arch: int, training_heads: bool = False) -> nn.Module:
     """VITA-Group/FasterSeg from its released architecture parameters, by its own rules; cells that branches share named once."""
     folder = found("FasterSeg/train/model_seg.py").parent

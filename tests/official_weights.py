@@ -1,23 +1,12 @@
-"""Official networks: where their repositories are, and weights that depend on names and shapes alone."""
+"""Weights and images that depend on names and shapes alone."""
 
 from __future__ import annotations
 
 import math
-import os
 import zlib
-from pathlib import Path
 
-import pytest
 import torch
 from torch import Tensor
-
-
-def repository(name: str) -> Path:
-    """The folder of an official repository in SEGFAST_OFFICIAL; the test skips where it is absent."""
-    root = os.environ.get("SEGFAST_OFFICIAL")
-    if not root or not (Path(root) / name).is_dir():
-        pytest.skip(f"no official repository {name}: set SEGFAST_OFFICIAL to a folder that holds it")
-    return Path(root) / name
 
 
 def random_weights(shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:

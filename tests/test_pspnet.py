@@ -1,14 +1,12 @@
 """PSPNet: the pair of structured knowledge distillation."""
 
 import functools
-import sys
-import types
 
+import official_networks
 import pytest
 import torch
 import torch.nn.functional as F
-from official_weights import image, random_weights, repository
-from torch import nn
+from official_weights import image, random_weights
 
 import segfast
 
@@ -123,28 +121,9 @@ def test_negative_batch_norm_weights():
     assert (weights["bn1.weight"] < 0).all()  # the caller's dictionary stays
 
 
-class InPlaceABN(nn.BatchNorm2d):
-    """What the authors' CUDA extension computes while evaluating."""
-
-    def __init__(self, channels, activation="leaky_relu", affine=True):
-        super().__init__(channels, affine=affine)
-        self.activation = activation
-
-    def forward(self, x):
-        y = F.batch_norm(x, self.running_mean, self.running_var, self.weight.abs() + self.eps, self.bias, eps=self.eps)
-        return F.leaky_relu(y, 0.01) if self.activation == "leaky_relu" else y
-
-
 @pytest.mark.parametrize("name", NAMES)
-def test_equals_the_official_network(name, monkeypatch):
-    folder = repository("structure_knowledge_distillation")
-    libs = types.ModuleType("libs")
-    libs.InPlaceABN = libs.InPlaceABNSync = InPlaceABN
-    monkeypatch.setitem(sys.modules, "libs", libs)
-    module = types.ModuleType("pspnet_combine")
-    exec((folder / "networks" / "pspnet_combine.py").read_text(), module.__dict__)
-    block, depths = (module.BasicBlock, [2, 2, 2, 2]) if name == "pspnet_r18" else (module.Bottleneck, [3, 4, 23, 3])
-    official = module.Res_pspnet(block, depths, 19).eval()
+def test_equals_the_official_network(name):
+    official = official_networks.pspnet(int(name.removeprefix("pspnet_r"))).eval()
     weights = random_weights({key: value.shape for key, value in official.state_dict().items()})
     official.load_state_dict(weights, strict=False)
     ours = segfast.load_official(name, weights)

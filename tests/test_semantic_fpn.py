@@ -1,13 +1,11 @@
 """Semantic FPN, on ResNet here and on PoolFormer where timm is installed."""
 
-import sys
-import types
-
+import official_networks
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import extra
-from official_weights import image, random_weights, repository
+from official_weights import image, random_weights
 from torch import nn
 
 import segfast
@@ -57,103 +55,15 @@ def test_weights_of_another_network():
         segfast.load_official("semantic_fpn", {"backbone.patch_embed.proj.weight": torch.zeros(8, 3, 7, 7)})
 
 
-class Head(nn.Module):
-    """What mmsegmentation's decode heads share, as far as FPNHead needs it."""
-
-    def __init__(self, in_channels, channels, num_classes, input_transform, align_corners=False):
-        super().__init__()
-        self.in_channels, self.channels, self.align_corners = in_channels, channels, align_corners
-        self.conv_cfg = self.act_cfg = None
-        self.norm_cfg = {"type": "BN"}
-        self.conv_seg = nn.Conv2d(channels, num_classes, 1)
-
-    def _transform_inputs(self, inputs):
-        return inputs
-
-    def cls_seg(self, x):
-        return self.conv_seg(x)
-
-
-class ConvModule(nn.Module):
-    """mmcv's unit: an activation follows a norm in the head, and neither is in the neck."""
-
-    def __init__(self, inputs, outputs, kernel_size, padding=0, conv_cfg=None, norm_cfg=None, act_cfg=None, inplace=False):
-        super().__init__()
-        self.conv = nn.Conv2d(inputs, outputs, kernel_size, padding=padding, bias=norm_cfg is None)
-        self.bn = None if norm_cfg is None else nn.BatchNorm2d(outputs)
-
-    def forward(self, x):
-        return self.conv(x) if self.bn is None else F.relu(self.bn(self.conv(x)))
-
-
-class Upsample(nn.Module):
-    def __init__(self, scale_factor, mode, align_corners):
-        super().__init__()
-        self.options = {"scale_factor": scale_factor, "mode": mode, "align_corners": align_corners}
-
-    def forward(self, x):
-        return F.interpolate(x, **self.options)
-
-
-class Registry:
-    def register_module(self):
-        return lambda kind: kind
-
-
-def run_file(path, package, monkeypatch, **stubs):
-    """The names of an official file, whose imports of packages that are not here are stubbed."""
-    for name, content in stubs.items():
-        stub = types.ModuleType(name)
-        stub.__dict__.update(content)
-        monkeypatch.setitem(sys.modules, name, stub)
-    module = types.ModuleType(f"{package}.official")
-    module.__package__ = package
-    exec(path.read_text(), module.__dict__)
-    return module
-
-
-def passed_on(function=None, **options):
-    return function if function else passed_on
-
-
-@pytest.fixture
-def official(monkeypatch):
-    """mmsegmentation's neck and head, for channels and classes."""
-    folder = repository("mmsegmentation") / "mmseg" / "models"
-    stubs = {
-        "IPython": {"embed": None},
-        "mmcv": {},
-        "mmcv.cnn": {"ConvModule": ConvModule, "xavier_init": None},
-        "mmcv.runner": {"BaseModule": nn.Module, "auto_fp16": lambda: passed_on},
-        "mmseg": {"__path__": []},
-        "mmseg.ops": {"resize": F.interpolate, "Upsample": Upsample},
-        "mmseg.models": {"__path__": []},
-        "mmseg.models.builder": {"NECKS": Registry(), "HEADS": Registry()},
-        "mmseg.models.necks": {"__path__": []},
-        "mmseg.models.decode_heads": {"__path__": []},
-        "mmseg.models.decode_heads.decode_head": {"BaseDecodeHead": Head},
-    }
-    neck = run_file(folder / "necks" / "fpn.py", "mmseg.models.necks", monkeypatch, **stubs)
-    head = run_file(folder / "decode_heads" / "fpn_head.py", "mmseg.models.decode_heads", monkeypatch)
-
-    def build(channels, classes):
-        modules = nn.Module()
-        modules.neck = neck.FPN(list(channels), 256, 4)
-        modules.decode_head = head.FPNHead([4, 8, 16, 32], in_channels=[256] * 4, channels=128, num_classes=classes)
-        return modules.eval()
-
-    return build
-
-
 def equal(theirs, found):
     assert (theirs - found).abs().max() <= 1e-4 * theirs.abs().max()
 
 
-def test_neck_and_head_equal_mmsegmentation(official):
+def test_neck_and_head_equal_mmsegmentation():
     ours = segfast.create_model("semantic_fpn", 5, "resnet18").eval()
     weights = random_weights(shapes(ours))
     ours.load_state_dict(weights, strict=False)
-    theirs = official(ours.backbone.channels, 5)
+    theirs = official_networks.fpn(ours.backbone.channels, 5).eval()
     theirs.load_state_dict({key: weights[our_key(key)] for key in shapes(theirs) if our_key(key) in weights}, strict=False)
     for size in ((67, 97), (64, 128)):
         x = image(*size)
@@ -161,27 +71,16 @@ def test_neck_and_head_equal_mmsegmentation(official):
             equal(theirs.decode_head(theirs.neck(ours.backbone(x))), ours.forward_features(x).logits)
 
 
-def test_poolformer_equals_the_official_network(official, monkeypatch):
+def test_poolformer_equals_the_official_network():
     extra("timm")
-    layers = {"DropPath": nn.Identity, "trunc_normal_": nn.init.trunc_normal_, "to_2tuple": lambda x: (x, x)}
-    stubs = {name: layers for name in ("timm.models.layers", "timm.models.layers.helpers")}
-    stubs["timm.models.registry"] = {"register_model": passed_on}
-    stubs["timm.data"] = {"IMAGENET_DEFAULT_MEAN": None, "IMAGENET_DEFAULT_STD": None}
-    path = repository("poolformer") / "models" / "poolformer.py"
-    with monkeypatch.context() as patched:
-        module = run_file(path, "", patched, **stubs)
-    encoder = module.PoolFormer(
-        [2, 2, 6, 2], [64, 128, 320, 512], mlp_ratios=[4] * 4, downsamples=[True] * 4, fork_feat=True
-    ).eval()  # fmt: skip
-    theirs = official((64, 128, 320, 512), 7)
-    theirs.backbone = encoder
+    theirs = official_networks.poolformer_fpn(7).eval()
     weights = random_weights(shapes(theirs))
     theirs.load_state_dict(weights, strict=False)
     ours = segfast.load_official("semantic_fpn", weights, num_classes=7)
     for size in ((96, 160), (75, 101)):
         x = image(*size)
         with torch.no_grad():
-            logits = theirs.decode_head(theirs.neck(theirs.backbone(x)))
+            logits = theirs(x)
             equal(logits, ours.forward_features(x).logits)
             equal(F.interpolate(logits, size, mode="bilinear", align_corners=False), ours(x))
 
