@@ -123,8 +123,8 @@ result.
   oneDNN uses, or where oneDNN has no bfloat16. The other kernel sets compute in float32 on the same weights. Biases and depthwise
   weights stay float32.
 - int8: uint8 maps (affine), int8 weights (a scale a channel), 32-bit sums by AVX512-VNNI or, without saturation, 16-bit products;
-  requantised inside, with the same bits on every kernel set. `segfast.optimize` does not choose them: they are for graphs that
-  are quantised already, through `segfast.optimize._int8.lower_int8`. `pytest benchmarks/test_speed_packed.py -k int8` times them
+  requantised inside, with the same bits on every kernel set. For graphs that torchao's PT2E flow has quantised, such as those of
+  `segfast.deploy.quantize`: docs/results/int8.md. `pytest benchmarks/test_speed_packed.py -k int8` times them
   against the float32 and bfloat16 kernels."""
 
 

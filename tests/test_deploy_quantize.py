@@ -2,15 +2,16 @@
 
 import copy
 import json
+import random
 
 import pytest
 import torch
-from conftest import count
+from conftest import count, seed_of_commit
 from torch import nn
 from typer.testing import CliRunner
 
 import segfast
-from segfast import deploy
+from segfast import _backend, deploy
 from segfast.cli import app
 from segfast.data import SyntheticStreets
 from segfast.engine import checkpoint, cross_entropy, train
@@ -72,6 +73,30 @@ def test_static(streets, quantized):
         assert not torch.equal(quantized(images), model(images))
     with pytest.raises(ValueError, match="want images"):
         quantized(images[..., :-1])
+
+
+def networks(ci: int) -> list[str]:
+    """Some networks of the zoo, others with every commit; all under full effort."""
+    names = segfast.list_models()
+    return ["linknet", *random.Random(seed_of_commit()).sample(names, count(ci, len(names)))]
+
+
+@pytest.mark.parametrize("name", sorted(set(networks(1))))
+def test_networks_run_on_the_int8_kernels(name):
+    """LinkNet's blocks call one ReLU twice, which torchao's quantiser takes for one call."""
+    torch.manual_seed(0)
+    model = segfast.create_model(name, 19).eval()
+    images = list(torch.randn(8, 3, 96, 128))
+    quantized = deploy.quantize(model, images, observer="min-max")
+    whole, x = int8.Classes(quantized, True), images[0][None]
+    optimized = segfast.optimize(whole, x, class_dtype=torch.uint8)
+    assert optimized.explain().reason == ""
+    with torch.no_grad():
+        classes, want = optimized(x), whole(x)
+    assert classes.dtype == torch.uint8
+    assert float((classes == want).float().mean()) > 0.97, "the least rounding turns a class where random weights nearly tie"
+    if _backend.has_compiled("packed_int8", "CPU"):
+        assert sum(line.operation == "segfast::packed_int8" for line in optimized.explain().lines) >= 5
 
 
 @pytest.mark.parametrize("observer", ["mse", "percentile"][: count(1, 2)])

@@ -360,7 +360,7 @@ def test_int8_wrong_arguments_raise():
         ("1 x 1", lambda: int8_block(0.1, 0, [int8_conv(4, 1, 3, 0, 0), conv], groups=4)),
         ("one to three", lambda: int8_block(0.1, 0, [])),
         ("fits", lambda: int8_block(0.1, 0, [conv], dilation=(3, 3))(x)),
-        ("pack_int8", lambda: OPS.packed_int8(x, x.flatten(), [1, 1], [0, 0], [1, 1])),
+        ("pack_int8", lambda: OPS.packed_int8(x, x.flatten(), [4, 1, 1], [1, 1], [0, 0], [1, 1])),
     ]
     for message, call in wrong:
         with pytest.raises(RuntimeError, match=message):

@@ -121,6 +121,30 @@ def test_packed_conv_transpose(kernel_set, dtype, shape):  # noqa: F811
         judge(f"{shape} {act}", ["outputs[0]"], [y], reference, (x, weight.to(dtype), bias.to(dtype)), dtype)
 
 
+def test_maps_to_uint8_and_back_have_pytorchs_bits(kernel_set):  # noqa: F811
+    pytest.importorskip("torchao.quantization.pt2e")
+    import torch.ao.quantization.fx._decomposed  # defines the operations
+
+    quantize, dequantize = (getattr(torch.ops.quantized_decomposed, f"{name}quantize_per_tensor").default for name in ("", "de"))
+    torch.manual_seed(0)
+    for shape in [(2, 3, 5, 33), (1, 19, 4, 7), (1, 64, 8, 8), (1, 1, 1, 1), (0, 3, 2, 2)]:
+        for scale, zero in [(0.02, 0), (1 / 3, 128), (1e-3, 255), (7.5, 9)]:
+            x = torch.randn(shape) * 100 * scale
+            x.view(-1)[::3] = torch.arange(len(x.view(-1)[::3])) * scale * 0.5  # halves
+            for layout in (last, torch.Tensor.contiguous):
+                q = same_on_two_threads(lambda: OPS.quantize_map(layout(x), scale, zero))  # noqa: B023
+                assert torch.equal(q, quantize(x, scale, zero, 0, 255, torch.uint8))
+                assert q.is_contiguous(memory_format=torch.channels_last)
+                back = same_on_two_threads(lambda: OPS.dequantize_map(layout(q), scale, zero))  # noqa: B023
+                assert torch.equal(back, dequantize(q, scale, zero, 0, 255, torch.uint8))
+    for op, x in ((OPS.quantize_map, torch.randn(1, 3, 4, 5)), (OPS.dequantize_map, torch.zeros(1, 3, 4, 5, dtype=torch.uint8))):
+        torch.library.opcheck(op.default, (x, 0.1, 3), test_utils=("test_schema", "test_faketensor"))
+    with pytest.raises(RuntimeError, match="zero point"):
+        OPS.quantize_map(torch.randn(1, 3, 4, 5), 0.1, 300)
+    with pytest.raises(RuntimeError, match="float32 to quantize"):
+        OPS.quantize_map(torch.randn(1, 3, 4, 5).double(), 0.1, 3)
+
+
 def test_wrong_arguments_raise():
     x = torch.randn(1, 4, 5, 5)
     vector = torch.randn(4)

@@ -367,7 +367,7 @@ Tensor pack_int8_cpu(std::vector<Tensor> weights, std::vector<Tensor> scales, st
   return packer.finish(w);
 }
 
-Tensor packed_int8_cpu(const Tensor& input, const Tensor& packed, Ints stride, Ints padding, Ints dilation,
+Tensor packed_int8_cpu(const Tensor& input, const Tensor& packed, Ints shape, Ints stride, Ints padding, Ints dilation,
                        const std::optional<Tensor>& more, double add_scale, int64_t add_zero) {
   const char* op = "packed_int8";
   counter.add();
@@ -380,6 +380,8 @@ Tensor packed_int8_cpu(const Tensor& input, const Tensor& packed, Ints stride, I
   Header h;
   memcpy(&h, bytes, sizeof h);
   STD_TORCH_CHECK(h.magic == kMagic && h.bytes == packed.numel(), op, ": want weights from pack_int8");
+  STD_TORCH_CHECK(shape.size() == 3 && shape[0] == h.k && shape[1] == h.kh && shape[2] == h.kw, op,
+                  ": want the shape that the weights have: output channels, rows and columns");
   for (const auto& [value, least] : {std::pair{stride, 1}, {padding, 0}, {dilation, 1}}) {
     STD_TORCH_CHECK(value.size() == 2 && value[0] >= least && value[1] >= least, op,
                     ": want pairs: stride >= 1, padding >= 0, dilation >= 1");

@@ -37,6 +37,8 @@ Score = Callable[[Callable[[Tensor], Tensor]], float]
 class Quantized(nn.Module):
     """An int8 network: images (N, 3, H, W) of its size, as `model.preprocessing` makes them, to logits of that size.
 
+    It computes in float between roundings; `segfast.optimize(quantized)` runs it on int8 kernels.
+
     Attributes:
         graph: ATen operators with quantised convolutions; one image in, logits at their own stride out.
         about: network, preprocessing, size, align_corners, observer, layers in float.
@@ -45,9 +47,11 @@ class Quantized(nn.Module):
     def __init__(self, graph: nn.Module, about: Mapping, preprocessing):
         super().__init__()
         self.graph, self.about, self.preprocessing = graph, dict(about), preprocessing
+        for module in self.modules():  # the exported graph has one mode, that of evaluation, and refuses to be told
+            module.training = False
 
     def train(self, mode: bool = True):
-        """Says the mode; the exported graph has one, that of evaluation, and would refuse to be told."""
+        """Says the mode; there is one."""
         self.training = mode
         return self
 
@@ -83,6 +87,7 @@ class Classes(nn.Module):
         super().__init__()
         # Not "graph": of the module that torch.export makes, that is the graph itself.
         self.body, self.head, self.align_corners = quantized.graph, head, quantized.about["align_corners"]
+        self.training = False
 
     def forward(self, images: Tensor) -> Tensor:
         logits = self.body(images)
@@ -194,7 +199,21 @@ def prepare(model: nn.Module, size: tuple[int, int], observer: str, kept: Sequen
         quantizer.set_module_name_qconfig(f"network.{name}", None)
     with torch.no_grad(), export._quiet():
         program = torch.export.export(Logits(model), (torch.zeros(1, 3, *size),)).module()
+        tell_calls_apart(program.graph)
         return prepare_pt2e(program, quantizer)
+
+
+def tell_calls_apart(graph: torch.fx.Graph) -> None:
+    """Names the second call of a module otherwise: the quantiser takes all calls of a shared ReLU for one and gives up."""
+    seen = set()
+    for node in graph.nodes:
+        stack = node.meta.get("nn_module_stack")
+        if node.op != "call_function" or not stack:
+            continue
+        key, (name, kind) = list(stack.items())[-1]
+        if (name, node.target) in seen:
+            node.meta["nn_module_stack"] = {**stack, key: (f"{name}@{node.name}", kind)}
+        seen.add((name, node.target))
 
 
 def shares(histogram: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
@@ -448,19 +467,6 @@ def quantize_onnx(
             f"quantize_onnx: want 99 % of the pixels as PyTorch's int8 has them, got {agreement:.2%}; nothing written"
         )
     return translated.write(path, None, agreement)
-
-
-def lower(quantized: Quantized) -> Callable[[Tensor], Tensor]:
-    """The graph on oneDNN's int8 kernels through torch.compile with freezing."""
-    import torch._inductor.config as inductor
-
-    compiled = torch.compile(quantized.graph)
-
-    def run(images: Tensor) -> Tensor:
-        with torch.no_grad(), inductor.patch(freezing=True):
-            return compiled(images)
-
-    return run
 
 
 def half(model: nn.Module, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:

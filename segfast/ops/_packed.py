@@ -2,8 +2,9 @@
 
 Importing this module defines `torch.ops.segfast.pack_*`, `packed_*` and what joins maps; activations are the numbers of
 `ds_conv.ACTIVATIONS`. Weights are given in float32 and packed for the dtype of the maps: in bfloat16 those of the products
-are rounded to it. A packed weight is opaque bytes, from which no fake tensor can tell the number of output channels: there
-are no fakes, and the operations are to be called on real tensors only, never inside a graph that is traced.
+are rounded to it. A packed weight is opaque bytes, from which no fake tensor can tell the number of output channels: but for
+`packed_int8`, which is told, and `quantize_map` and `dequantize_map`, there are no fakes, and the operations are to be called
+on real tensors only, never inside a graph that is traced.
 """
 
 from __future__ import annotations
@@ -36,10 +37,31 @@ _SCHEMAS = {
     "repeat_pixels": "(Tensor x, SymInt fy, SymInt fx) -> Tensor",
     "pack_int8": "(Tensor[] weights, Tensor[] scales, Tensor[] biases, int groups, int[] acts, Tensor map_scales, "
     "int[] map_zeros) -> Tensor",
-    "packed_int8": f"(Tensor x, Tensor packed, {_GEOMETRY}, Tensor? add=None, float add_scale=1.0, int add_zero=0) -> Tensor",
+    "packed_int8": f"(Tensor x, Tensor packed, int[] shape, {_GEOMETRY}, Tensor? add=None, float add_scale=1.0, "
+    "int add_zero=0) -> Tensor",
+    "quantize_map": "(Tensor x, float scale, int zero) -> Tensor",
+    "dequantize_map": "(Tensor x, float scale, int zero) -> Tensor",
 }
 for _name, _schema in _SCHEMAS.items():
     torch.library.define(f"segfast::{_name}", _schema)
+
+
+@torch.library.register_fake("segfast::packed_int8")
+def _(x, packed, shape, stride, padding, dilation, add=None, add_scale=1.0, add_zero=0):
+    reach = [d * (k - 1) + 1 for d, k in zip(dilation, shape[1:])]
+    size = [(n + 2 * p - r) // s + 1 for n, p, r, s in zip(x.shape[2:], padding, reach, stride)]
+    return x.new_empty((x.shape[0], shape[0], *size)).contiguous(memory_format=torch.channels_last)
+
+
+@torch.library.register_fake("segfast::quantize_map")
+def _(x, scale, zero):
+    return torch.empty_like(x, dtype=torch.uint8, memory_format=torch.channels_last)
+
+
+@torch.library.register_fake("segfast::dequantize_map")
+def _(x, scale, zero):
+    return torch.empty_like(x, dtype=torch.float32, memory_format=torch.channels_last)
+
 
 Pair = tuple[int, int]
 MOST_BIAS = 2.0**30  # of the sums' 32 bits
@@ -133,8 +155,9 @@ def int8_block(
         [x_zero, *(c.out_zero for c in convs)],
     )
     kernel = torch.ops.segfast.packed_int8.default
+    shape = [len(convs[-1].weight), *convs[len(convs) // 3].weight.shape[2:]]
 
     def run(x: Tensor, add: Tensor | None = None, add_scale: float = 1.0, add_zero: int = 0) -> Tensor:
-        return kernel(x, packed, stride, padding, dilation, add, add_scale, add_zero)
+        return kernel(x, packed, shape, stride, padding, dilation, add, add_scale, add_zero)
 
     return run

@@ -18,6 +18,7 @@ from torch.export.graph_signature import InputKind
 from torch.utils._pytree import tree_flatten, tree_map
 
 from segfast import _backend
+from segfast.optimize._int8 import lower_int8
 
 _TORCH = str(Path(torch.__file__).parent)
 _HERE = str(Path(__file__).parent)
@@ -174,6 +175,8 @@ def capture(model: nn.Module, args: tuple, kwargs: dict, dynamic: bool) -> Captu
         with warnings.catch_warnings(), torch.no_grad(), _backend.capturing():
             warnings.simplefilter("ignore")
             program = export(model, args, kwargs, dynamic_shapes=sizes, strict=False)
+            if any(_name(node.target) == "quantize_per_tensor" for node in program.graph.nodes):
+                program = export(lower_int8(program.module()), args, kwargs, dynamic_shapes=sizes, strict=False)
             if needs_functional_form(program.graph):
                 program = program.run_decompositions({})
     except Exception as error:

@@ -172,7 +172,7 @@ class OptimizedModel(nn.Module):
         super().__init__()
         self.model = model
         self.dtype, self.class_dtype = dtype, class_dtype
-        super().train(False)
+        self.training = False
         self._start()
 
     def _start(self) -> None:
@@ -217,7 +217,7 @@ class OptimizedModel(nn.Module):
         """
         if mode:
             raise RuntimeError("optimize: want evaluation mode, got train(): train `model`, then optimize it again")
-        return super().train(False)
+        return self
 
     # While one thread exports, PyTorch puts a recorder in the place of nn.Module.__call__, which no other thread may meet.
     __call__ = nn.Module._wrapped_call_impl

@@ -10,7 +10,7 @@ from torch import Tensor
 import segfast.ops._packed  # noqa: F401  defines the packed operations
 from segfast import _backend
 from segfast.ops.ds_conv import MAX_TAPS
-from segfast.optimize._capture import Graph, Op
+from segfast.optimize._capture import Graph, Op, operands
 from segfast.optimize._patterns import (
     IDENTITY,
     Activation,
@@ -20,6 +20,7 @@ from segfast.optimize._patterns import (
     Concat,
     Convolution,
     Head,
+    Recode,
     Repeat,
     Resize,
     Shuffle,
@@ -128,7 +129,7 @@ PACKED = {
     op
     for op in (
         "packed_conv", "packed_conv_transpose", "packed_winograd", "packed_ds_conv", "packed_inverted_residual",
-        "concat_affine", "resize", "repeat_pixels",
+        "concat_affine", "resize", "repeat_pixels", "quantize_map", "dequantize_map",
     )
     if _backend.has_compiled(op, "CPU")
 }  # fmt: skip
@@ -388,6 +389,15 @@ class Builder:
             return "segfast::repeat_pixels", lambda x: kernel(x, *step.factors), step.inputs
         return "ATen", lambda x: aten.upsample_nearest2d.default(x, step.output.shape[2:]), step.inputs
 
+    def recode(self, step: Recode) -> tuple[str, Run, list[Op]]:
+        self.owned.add(step.output)
+        op, scale, zero = f"{step.kind}_map", step.scale, step.zero
+        if has(op):
+            kernel = getattr(torch.ops.segfast, op).default
+            return f"segfast::{op}", lambda x: kernel(x, scale, zero), step.inputs
+        target = step.output.target
+        return "ATen", lambda x: target(x, scale, zero, 0, 255, torch.uint8), step.inputs
+
     def head(self, step: Head) -> tuple[str, Run, list[Op]]:
         size, align_corners = step.size, step.align_corners
         dtype = self.classes(step)
@@ -444,6 +454,9 @@ class Builder:
             if self.overwritable(args[0], step) and args[0].value == op.value:
                 packet = getattr(aten, f"{op.kind}_")
                 return self.call(step, getattr(packet, target._overloadname), tuple(args), "ATen, in place")
+        if op.kind == "matmul" and all(isinstance(a, Op) and a.shape for a in op.args):
+            # Of pooling by matrices: ATen goes over a channels_last map channel by channel.
+            return "ATen", lambda *xs: target(*(x.contiguous() for x in xs)), operands(op)
         if op.kind == "view" and target._overloadname == "default":
             target = aten.reshape.default  # the map may lie in memory otherwise than in the graph
         return self.call(step, target, op.args, "ATen")
@@ -473,6 +486,7 @@ FRESH = {
     "_adaptive_avg_pool2d", "adaptive_avg_pool2d", "add", "avg_pool2d", "cat", "conv2d", "convolution", "div", "elu", "exp",
     "gelu", "group_norm", "hardsigmoid", "hardswish", "hardtanh", "leaky_relu", "max_pool2d", "mean", "mul", "pixel_shuffle",
     "prelu", "relu", "relu6", "sigmoid", "silu", "softmax", "sub", "tanh", "upsample_bicubic2d", "upsample_nearest2d",
+    "segfast::packed_int8",
 }  # fmt: skip
 IN_PLACE = {"add", "div", "hardsigmoid", "hardswish", "hardtanh", "leaky_relu", "mul", "relu", "sigmoid", "silu", "sub", "tanh"}
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
+
 from segfast.ops.ds_conv import MAX_TAPS
 from segfast.optimize._capture import Graph, Op, operands
 
@@ -141,6 +143,18 @@ class Repeat(Step):
 
 
 @dataclass(eq=False)
+class Recode(Step):
+    """A float map to uint8, or back."""
+
+    scale: float
+    zero: int
+
+    @property
+    def kind(self) -> str:
+        return "quantize" if self.output.dtype == torch.uint8 else "dequantize"
+
+
+@dataclass(eq=False)
 class Head(Resize):
     """Bilinear interpolation and the best class of every pixel."""
 
@@ -200,6 +214,8 @@ def match(graph: Graph) -> list[Step]:
             take(resize(op))
         elif op.kind == "upsample_nearest2d":
             take(repeat(op))
+        elif op.kind.startswith("quantized_decomposed::"):
+            take(recode(op))
         if op not in taken and op.kind in ("cat", "prelu", *NORMS):
             take(concat(op, free, graph))
     # Depthwise and pointwise first: in a row of such pairs the pointwise before a depthwise belongs to the pair before.
@@ -447,6 +463,15 @@ def repeat(op: Op) -> Repeat | None:
     if not whole or any(scale is not None and scale != factor for scale, factor in zip(scales or [], factors)):
         return None
     return Repeat([op], [x], factors)
+
+
+def recode(op: Op) -> Recode | None:
+    if op.kind.partition("::")[2] not in ("quantize_per_tensor", "dequantize_per_tensor") or len(op.args) < 6:
+        return None
+    x, scale, zero, *kept = op.args
+    if x.shape is None or len(x.shape) != 4 or tuple(kept) != (0, 255, torch.uint8) or not isinstance(scale, float):
+        return None
+    return Recode([op], [x], scale, int(zero)) if {x.dtype, op.dtype} == {torch.float32, torch.uint8} else None
 
 
 def head(op: Op, free: Free) -> Head | Argmax | None:
