@@ -248,6 +248,7 @@ class Run:
         self.loss.to(self.device)
         logits = self.distil() if config.method else None
         if config.compile:
+            self.say("compile: the first step and the first evaluation wait for the compiler, a minute or more")
             self.model.outputs = torch.compile(self.model.outputs)
         self.trained: nn.Module = Features(self.model, config.freeze_bn)
         if self.processes.world > 1:
