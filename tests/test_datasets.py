@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import extra
 from PIL import Image
 from torch.utils.data import DataLoader
 
@@ -276,17 +277,16 @@ def test_every_dataset_has_a_name():
     assert set(DATASETS) == {"camvid", "cityscapes", "ade20k", "voc", "folder", "synthetic"}
 
 
-def test_torchvision_transforms(plain):
-    try:
-        from torchvision import tv_tensors
-        from torchvision.transforms import v2
-    except (ImportError, RuntimeError) as error:  # RuntimeError: built for another torch
-        pytest.skip(f"no torchvision: {error}")
+@pytest.fixture(scope="module")
+def v2():
+    extra("torchvision")
+    from torchvision.transforms import v2
 
-    fill = {tv_tensors.Image: 0, tv_tensors.Mask: 255}
-    joint = v2.Compose(
-        [v2.RandomHorizontalFlip(1.0), v2.RandomCrop((12, 12), pad_if_needed=True, fill=fill), v2.ColorJitter(0.2)]
-    )
+    return v2
+
+
+def test_torchvision_transforms(plain, v2):
+    joint = v2.Compose([v2.RandomHorizontalFlip(1.0), v2.RandomCrop((12, 12), pad_if_needed=True), v2.ColorJitter(0.2)])
     image, labels = coordinates(6, 8)
     moved, numbers = TorchvisionTransform(v2.RandomHorizontalFlip(1.0))(image, labels)
     assert torch.equal(moved, image.flip(-1))
@@ -295,3 +295,111 @@ def test_torchvision_transforms(plain):
     image, labels = ImageFolder(plain, transform=TorchvisionTransform(joint))[0]
     assert image.shape == (3, 12, 12)
     assert (labels == 255).sum() == 144 - 48
+
+
+def padded_crop(v2):
+    from torchvision import tv_tensors
+
+    fill = {tv_tensors.Image: 0, tv_tensors.Mask: 7}
+    return v2.RandomCrop((48, 56), pad_if_needed=True, fill=fill)
+
+
+# How many pixels of the frame a replayed pixel may be off: none where pixels are only moved. Masks are read at the nearest pixel,
+# by torchvision's resize by 1 / s at the nearest above and to the left: at most (s + 1) / 2.
+MOVES = {
+    "mirror": (lambda v2: v2.RandomHorizontalFlip(1.0), 0),
+    "upside down": (lambda v2: v2.RandomVerticalFlip(1.0), 0),
+    "crop": (lambda v2: v2.RandomCrop((24, 32)), 0),
+    "crop of more than the frame": (padded_crop, 0),
+    "pad": (lambda v2: v2.Pad((3, 5), fill=9), 0),
+    "reflected": (lambda v2: v2.Pad(4, padding_mode="reflect"), 0),
+    "enlarged": (lambda v2: v2.Resize((80, 96)), 0.25),
+    "shrunk": (lambda v2: v2.Resize((20, 24)), 0.75),
+    "resized crop": (lambda v2: v2.RandomResizedCrop((32, 32), scale=(0.3, 1.0)), 1.25),
+    "scale, crop, mirror, colour": (
+        lambda v2: v2.Compose(
+            [
+                v2.ScaleJitter((40, 48), (0.9, 2.0)), v2.RandomCrop((32, 32)), v2.RandomHorizontalFlip(),
+                v2.ColorJitter(0.3, 0.3),
+            ]
+        ),
+        1.06,
+    ),
+    "rotated": (lambda v2: v2.RandomRotation(30, v2.InterpolationMode.BILINEAR, fill=2), 0.51),
+    "sheared": (lambda v2: v2.RandomAffine(20, (0.1, 0.1), (0.8, 1.3), 10, v2.InterpolationMode.BILINEAR, fill=3), 0.51),
+    "perspective": (lambda v2: v2.RandomPerspective(0.3, 1.0), 0.51),
+    "elastic": (lambda v2: v2.ElasticTransform(30.0, 4.0), 0.51),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MOVES)
+def test_torchvision_transforms_are_replayed_on_logits(v2, name):
+    """The transform run on logits that say where they are: the difference is the error in pixels of the frame."""
+    from torchvision import tv_tensors
+
+    make, bound = MOVES[name]
+    transform = make(v2)
+    colourless = v2.Compose([t for t in getattr(transform, "transforms", [transform]) if not isinstance(t, v2.ColorJitter)])
+    image, numbers = coordinates(40, 48)
+    places, labels = image[:2], numbers % 3
+    for seed in range(4):
+        draws = generator("test", seed)
+        _, moved, geometry = TorchvisionTransform(transform).apply(torch.rand(3, 40, 48), labels, draws)
+        inside = geometry.inside
+        replayed = geometry.logits(places, (40, 48), False)
+        with torch.random.fork_rng():
+            torch.set_rng_state(draws.get_state())
+            # The map of ones stays at 1 where nothing from outside the frame was mixed in.
+            *direct, share = colourless(tv_tensors.Image(torch.cat([places, torch.ones(1, 40, 48)]))).as_subclass(torch.Tensor)
+        whole = inside & ((share - 1).abs() < 1e-4)
+        error = (replayed - torch.stack(direct)).abs()[:, whole].max()
+        assert whole.sum() > 0.25 * inside.sum()
+        assert error <= bound + 1e-3, error
+        # What has no place in the frame has no label; the rest has that of its place.
+        assert (moved[~inside] == 255).all()
+        at = geometry.rows[inside].long() * 48 + geometry.columns[inside].long()
+        assert torch.equal(moved[inside], labels.flatten()[at])
+    padding = {"crop of more than the frame", "pad", "rotated", "sheared", "perspective", "elastic"}
+    assert bool((~inside).any()) == (name in padding)
+
+
+@pytest.mark.parametrize("align_corners", [False, True])
+def test_torchvision_replay_at_the_logits_own_stride(v2, align_corners):
+    torch.manual_seed(0)
+    logits = F.interpolate(torch.randn(1, 3, 3, 4), (10, 15), mode="bicubic")[0]
+    labels = torch.zeros(40, 60, dtype=torch.int64)
+    for window in ((3, 5, 16, 24), (-4, -6, 48, 72)):
+        for mirrored in (False, True):
+
+            def transform(*maps, window=window, mirrored=mirrored):
+                cut = [v2.functional.crop(x, *window) for x in maps]
+                return [v2.functional.horizontal_flip(x) for x in cut] if mirrored else cut
+
+            _, moved, geometry = TorchvisionTransform(transform).move(torch.zeros(3, 40, 60), labels)
+            own = Geometry(*window, window[2:], mirrored)
+            assert torch.equal(moved, own.labels(labels))
+            expected = own.logits(logits, (40, 60), align_corners)
+            got = geometry.logits(logits, (40, 60), align_corners)
+            seen = F.interpolate(geometry.inside[None, None].float(), expected.shape[1:], mode="area")[0, 0] == 1
+            assert seen.sum() >= 24
+            torch.testing.assert_close(got[:, seen], expected[:, seen], rtol=1e-4, atol=1e-4)
+
+
+def test_torchvision_draws_are_a_function_of_the_position(v2):
+    streets = SyntheticStreets(3, (24, 32))
+    crop = v2.Compose([v2.RandomCrop((16, 16)), v2.RandomHorizontalFlip()])
+
+    def seen():
+        stream = Stream(streets, TorchvisionTransform(crop), 1, lambda index, geometry, frame: geometry.columns)
+        return DataLoader(stream, batch_sampler=[[0, 1, 2], [3, 4, 5]])
+
+    torch.manual_seed(7)
+    state, first = torch.get_rng_state(), list(seen())
+    torch.manual_seed(8)
+    for one, other in zip(first, seen()):
+        assert all(torch.equal(a, b) for a, b in zip(one, other))
+    assert len({tuple(columns[0].tolist()) for _, _, batch in first for columns in batch}) > 1
+    torch.set_rng_state(state)
+    stream = Stream(streets, TorchvisionTransform(crop), 1)
+    stream[0]
+    assert torch.equal(torch.get_rng_state(), state)  # the caller's own generator is left as it was

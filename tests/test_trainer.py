@@ -1,5 +1,6 @@
 """The run folder: what it holds, and that a run which was stopped goes on as if it had not been."""
 
+import functools
 import json
 import math
 import os
@@ -16,10 +17,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import count
+from conftest import EFFORT, count, extra
 from torch import nn
 
-from segfast.data import Stream
+from segfast.data import Stream, TorchvisionTransform
 from segfast.engine import Average, Config, LabelLoss, Stopped, checkpoint, fit, load_network
 from segfast.engine import config as configs
 from segfast.engine.run import make_dataset
@@ -96,6 +97,53 @@ def test_run_folder(tmp_path):
         fit(Config(**{**TINY, "eval_every": 3, "steps": 7}), folder)
 
 
+def test_tensorboard_events(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    config = Config(**{**TINY, "eval_every": 3})
+    with pytest.raises(Killed):
+        fit(config, tmp_path, progress=kill_at(5))  # the events of step 5 are purged: the run goes on from step 4
+    fit(config, tmp_path)
+    events = EventAccumulator(str(tmp_path / "events"))
+    events.Reload()
+    got = {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    assert set(got) == {
+        "loss", "labels", "learning_rate", "seconds", "miou", "pixel_accuracy", "evaluation_seconds"
+    }  # fmt: skip
+    assert [step for step, _ in got["loss"]] == [1, 2, 3, 4, 5, 6]
+    assert [step for step, _ in got["miou"]] == [3, 6]
+    entries = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    for tag, values in got.items():
+        logged = [(entry["step"], entry[tag]) for entry in entries if tag in entry]
+        assert [step for step, _ in values] == [step for step, _ in logged]
+        assert [value for _, value in values] == pytest.approx([value for _, value in logged], rel=1e-6)
+
+
+@pytest.mark.parametrize("method", [None, "pixel-wise+overhaul"])
+def test_compiled_runs_take_the_same_steps(tmp_path, teacher, monkeypatch, method):
+    options = {**TINY, "model": "unet", "model_options": {"width": 2}, "steps": 3, "examples": 0, "ema": 0.9}
+    options |= {"method": method, "teacher": str(teacher) if method else None}
+    fit(Config(**options), tmp_path / "eager")
+    graphs, backend = [], torch._dynamo.lookup_backend("inductor" if EFFORT == "full" else "aot_eager")
+
+    def counted(graph, inputs):
+        graphs.append(graph)
+        return backend(graph, inputs)
+
+    torch.compiler.reset()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=counted))
+    said = []
+    fit(Config(**options, compile=True), tmp_path / "compiled", said.append)
+    assert graphs
+    assert any(line.startswith("compile: ") for line in said)
+    for eager, compiled in zip(lines(tmp_path / "eager"), lines(tmp_path / "compiled"), strict=True):
+        eager.pop("class_iou", None), compiled.pop("class_iou", None)
+        assert compiled == pytest.approx(eager, rel=1e-3)
+    weights = [checkpoint.load(tmp_path / name / "last.safetensors")[0] for name in ("eager", "compiled")]
+    for name, weight in weights[0].items():
+        torch.testing.assert_close(weights[1][name], weight, rtol=1e-3, atol=1e-4)
+
+
 VARIANTS = {
     "adamw, average, several batches a step": {
         "ema": 0.9, "accumulate": 2, "clip": 1.0, "warmup": 2, "colour": 0.2, "eval_every": 4, "label_smoothing": 0.1
@@ -122,6 +170,22 @@ def test_resume_is_exact(tmp_path, teacher, name):
     torch.manual_seed(99)  # whatever the process did before must not matter
     fit(Config(**options), tmp_path / "killed")
     same_runs(tmp_path / "whole", tmp_path / "killed")
+
+
+def test_torchvision_transforms_on_cached_logits(tmp_path, teacher):
+    extra("torchvision")
+    from torchvision.transforms import v2
+
+    joint = [v2.ScaleJitter((32, 64), (0.8, 1.5)), v2.RandomCrop((32, 64), pad_if_needed=True), v2.RandomHorizontalFlip()]
+    augment = TorchvisionTransform(v2.Compose(joint))
+    config = Config(**TINY, method="pixel-wise", teacher=str(teacher), cache=str(tmp_path / "cache"))
+    fit(config, tmp_path / "whole", augment=augment)
+    with pytest.raises(Killed):
+        fit(config, tmp_path / "killed", progress=kill_at(5), augment=augment)
+    fit(config, tmp_path / "killed", augment=augment)
+    same_runs(tmp_path / "whole", tmp_path / "killed")
+    fit(config, tmp_path / "own")
+    assert lines(tmp_path / "own")[0]["pixel-wise"] != lines(tmp_path / "whole")[0]["pixel-wise"]
 
 
 DRIVER = textwrap.dedent(
@@ -504,3 +568,21 @@ def test_a_loss_that_is_not_finite_in_one_process_stops_all(tmp_path):
         assert "FloatingPointError" in error
         assert "the loss is nan after step 2:" in error
         assert [int(number) for number in re.findall(r"scene (\d+) of", error)] == second
+
+
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"],
+        ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "PORT"],
+    ],
+)
+def test_launchers(tmp_path, launcher):
+    checkpoint.write(tmp_path / "c.yaml", configs.text(Config(**{**TINY, "batch": 4, "steps": 2})))
+    launcher = [str(free_port()) if word == "PORT" else word for word in launcher]
+    command = [*launcher, "-m", "segfast", "train", "--config", str(tmp_path / "c.yaml"), "--out", str(tmp_path / "run")]
+    done = subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "run" / "environment.json").read_text())["processes"] == "2"
+    assert [entry["step"] for entry in lines(tmp_path / "run")] == [1, 2, 2]
+    assert "wrote" in done.stdout

@@ -1,7 +1,7 @@
 """Datasets and joint transforms. Items are (image (3, H, W) float32 in [0, 1], labels (H, W) int64, 255 ignored)."""
 
 from segfast.data import transforms
-from segfast.data.augment import Augment, Geometry, Stream, TorchvisionTransform
+from segfast.data.augment import Augment, Coordinates, Geometry, Stream, TorchvisionTransform
 from segfast.data.camvid import CamVid
 from segfast.data.pairs import ADE20K, Cityscapes, ImageFolder, ImagePairs, Listing, PascalVOC, read_label_map
 from segfast.data.streets import SyntheticStreets
@@ -17,6 +17,7 @@ __all__ = [
     "Augment",
     "CamVid",
     "Cityscapes",
+    "Coordinates",
     "Geometry",
     "ImageFolder",
     "ImagePairs",

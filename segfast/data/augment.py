@@ -57,21 +57,14 @@ class Geometry:
             frame: (H, W) in pixels of the frame that they are for.
             align_corners: how the network upsamples.
         """
-        axes = []
-        for start, length, size, cells, pixels in zip(
-            (self.top, self.left), (self.height, self.width), self.size, logits.shape[1:], frame
-        ):
-            count = max(1, round(size * cells / pixels))
-            if align_corners:
-                at = torch.linspace(0, size - 1, count)
-            else:
-                at = (torch.arange(count) + 0.5) * (size / count) - 0.5
-            at = start + (at + 0.5) * (length / size) - 0.5  # the pixel of the frame
-            axes.append(2 * at / max(pixels - 1, 1) - 1 if align_corners else (2 * at + 1) / pixels - 1)
-        rows, columns = axes
+        rows, columns = (
+            start + (cells(size, count, pixels, align_corners) + 0.5) * (length / size) - 0.5
+            for start, length, size, count, pixels in zip(
+                (self.top, self.left), (self.height, self.width), self.size, logits.shape[1:], frame
+            )
+        )
         columns = columns.flip(0) if self.mirrored else columns
-        grid = torch.stack([columns.expand(len(rows), -1), rows[:, None].expand(-1, len(columns))], -1)
-        return F.grid_sample(logits[None].float(), grid[None], padding_mode="border", align_corners=align_corners)[0]
+        return read_at(logits, rows[:, None].expand(-1, len(columns)), columns.expand(len(rows), -1), frame, align_corners)
 
     def window(self, x: Tensor, fill: float) -> Tensor:
         height, width = x.shape[-2:]
@@ -79,6 +72,47 @@ class Geometry:
         outside = tuple(max(0, v) for v in outside)
         cut = x[..., max(0, self.top) : self.top + self.height, max(0, self.left) : self.left + self.width]
         return F.pad(cut, outside, value=fill) if any(outside) else cut
+
+
+@dataclass(frozen=True)
+class Coordinates:
+    """Where the pixels of an image lay in its frame before a geometric transform of any kind.
+
+    Args:
+        rows, columns: (H, W) of the frame's pixels.
+        inside: (H, W), False where there is none.
+    """
+
+    rows: Tensor
+    columns: Tensor
+    inside: Tensor
+
+    def logits(self, logits: Tensor, frame: tuple[int, int], align_corners: bool) -> Tensor:
+        """As `Geometry.logits`. A cell between pixels lies between the places of those that are inside; without one, anywhere."""
+        size = tuple(self.inside.shape)
+        rows, columns = (
+            cells(length, count, pixels, align_corners) for length, count, pixels in zip(size, logits.shape[1:], frame)
+        )
+        maps = torch.stack([self.rows * self.inside, self.columns * self.inside, self.inside])
+        grid = rows[:, None].expand(-1, len(columns)), columns.expand(len(rows), -1)
+        *places, share = read_at(maps, *grid, size, align_corners=False)
+        return read_at(logits, *(place / share.clamp(min=1e-6) for place in places), frame, align_corners)
+
+
+def cells(size: int, count: int, pixels: int, align_corners: bool) -> Tensor:
+    """Where the cells of a network's logits lie along `size` pixels, if it has `count` cells for `pixels`."""
+    count = max(1, round(size * count / pixels))
+    return torch.linspace(0, size - 1, count) if align_corners else (torch.arange(count) + 0.5) * (size / count) - 0.5
+
+
+def read_at(maps: Tensor, rows: Tensor, columns: Tensor, frame: tuple[int, int], align_corners: bool) -> Tensor:
+    """(C, h, w), bilinearly upsampled to the frame (H, W), at these rows and columns (r, c) of it: (C, r, c)."""
+    y, x = (
+        2 * at / max(pixels - 1, 1) - 1 if align_corners else (2 * at + 1) / pixels - 1
+        for at, pixels in zip((rows, columns), frame)
+    )
+    grid = torch.stack([x, y], -1)
+    return F.grid_sample(maps[None].float(), grid[None], padding_mode="border", align_corners=align_corners)[0]
 
 
 class Augment:
@@ -104,6 +138,11 @@ class Augment:
                 f"got {tuple(crop)}, {tuple(scale)}, {flip} and {colour}"
             )
         self.crop, self.scale, self.flip, self.colour = tuple(crop), tuple(scale), flip, colour
+
+    def apply(self, image: Tensor, labels: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Geometry]:
+        """Image and labels, moved and tinted, and how they were moved."""
+        geometry = self.draw(tuple(labels.shape), generator)
+        return self.tint(geometry.image(image), generator), geometry.labels(labels), geometry
 
     def draw(self, frame: tuple[int, int], generator: torch.Generator) -> Geometry:
         """A window of a frame (H, W): inside it where it fits, else around it."""
@@ -138,7 +177,7 @@ class Stream(Dataset):
 
     Args:
         dataset: items (image, labels).
-        augment: None: items as they are.
+        augment: an `Augment` or a `TorchvisionTransform`; None: items as they are.
         seed: of the order and the draws.
         logits: called with (index, geometry, the frame's (H, W)) for a third entry of the items, see `segfast.engine.teacher`.
     """
@@ -146,9 +185,9 @@ class Stream(Dataset):
     def __init__(
         self,
         dataset: Dataset,
-        augment: Augment | None,
+        augment: Augment | TorchvisionTransform | None,
         seed: int = 0,
-        logits: Callable[[int, Geometry, tuple[int, int]], Tensor] | None = None,
+        logits: Callable[[int, Geometry | Coordinates, tuple[int, int]], Tensor] | None = None,
     ):
         if len(dataset) == 0:
             raise ValueError("Stream: want a dataset with items, got an empty one")
@@ -173,9 +212,7 @@ class Stream(Dataset):
         if self.augment is None:
             geometry = Geometry(0, 0, *frame, frame, False)
         else:
-            draws = generator("augment", self.seed, position)
-            geometry = self.augment.draw(frame, draws)
-            image, labels = self.augment.tint(geometry.image(image), draws), geometry.labels(labels)
+            image, labels, geometry = self.augment.apply(image, labels, generator("augment", self.seed, position))
         item = image.contiguous(), labels.contiguous()
         return (*item, self.logits(index, geometry, frame)) if self.logits else item
 
@@ -187,14 +224,17 @@ def generator(*what: str | int) -> torch.Generator:
 
 
 class TorchvisionTransform:
-    """A joint transform of torchvision.transforms.v2 as a dataset's `transform`.
+    """A joint transform of torchvision.transforms.v2: the augmentation of a `Stream`, or a dataset's `transform`.
 
-    The image goes in as a `tv_tensors.Image`, the labels as a `tv_tensors.Mask`, in one call, so that both move together. Fill
-    masks with 255, as in v2.RandomCrop(size, pad_if_needed=True, fill={tv_tensors.Image: 0, tv_tensors.Mask: 255}). The draws
-    are from torch's global generator: they are not part of what a resumed run repeats.
+    Image and labels go in as a `tv_tensors.Image` and a `tv_tensors.Mask`, and beside them the place of every pixel as a second
+    mask, which moves as the first does: any transform that v2 has for masks can be replayed on cached logits. Pixels from outside
+    the frame are ignored, whatever fills them.
+
+    In a stream, what is drawn is a function of the stream's seed and position. As a dataset's `transform` the draws are from
+    torch's global generator, and a resumed run does not repeat them.
 
     Args:
-        transform: for instance a v2.Compose.
+        transform: for instance a v2.Compose; it must not change the values of masks.
     """
 
     def __init__(self, transform: Callable):
@@ -205,5 +245,21 @@ class TorchvisionTransform:
         self.transform, self.image, self.mask = transform, tv_tensors.Image, tv_tensors.Mask
 
     def __call__(self, image: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        image, labels = self.transform(self.image(image), self.mask(labels))
-        return torch.Tensor(image.as_subclass(Tensor)), labels.as_subclass(Tensor)
+        return self.move(image, labels)[:2]
+
+    def apply(self, image: Tensor, labels: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Coordinates]:
+        """Image and labels, transformed, and where their pixels came from."""
+        with torch.random.fork_rng(devices=[]):
+            torch.set_rng_state(generator.get_state())
+            return self.move(image, labels)
+
+    def move(self, image: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Coordinates]:
+        # A transform fills both maps of a mask with one number. Rows count down from -1 and columns up from 0, so that no number
+        # is the place of a pixel.
+        rows, columns = (torch.arange(size, dtype=torch.float32) for size in labels.shape)
+        places = torch.stack([(-1 - rows)[:, None].expand(labels.shape), columns.expand(labels.shape)])
+        image, labels, places = self.transform(self.image(image), self.mask(labels), self.mask(places))
+        rows, columns = places.as_subclass(Tensor)
+        inside = (rows < 0) & (columns >= 0)
+        labels = torch.where(inside, labels.as_subclass(Tensor), 255)
+        return image.as_subclass(Tensor), labels, Coordinates(-1 - rows, columns, inside)

@@ -12,8 +12,8 @@ from segfast import _backend
 from segfast._version import __version__
 
 EXTRAS = {
-    "timm": "train", "torchvision": "train", "torchmetrics": "train", "accelerate": "train", "tensorboard": "train",
-    "matplotlib": "train", "av": "video", "onnx": "deploy", "onnxruntime": "deploy", "torchao": "deploy",
+    "timm": "train", "torchvision": "train", "accelerate": "train", "tensorboard": "train", "matplotlib": "train",
+    "av": "video", "onnx": "deploy", "onnxruntime": "deploy", "torchao": "deploy",
 }  # fmt: skip
 DEVICES = ("cpu", "cuda")
 

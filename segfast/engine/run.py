@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
-from segfast.data import DATASETS, Augment, Stream, read_label_map
+from segfast.data import DATASETS, Augment, Stream, TorchvisionTransform, read_label_map
 from segfast.distill import create_method
 from segfast.engine import checkpoint
 from segfast.engine import config as configs
@@ -159,6 +159,7 @@ def fit(
     folder: str | Path,
     say: Callable[[str], None] = lambda _: None,
     progress: Callable[[str, int, int, dict[str, float]], None] = lambda *_: None,
+    augment: Augment | TorchvisionTransform | None = None,
 ) -> dict:
     """Train or distil as a config says, in a run folder; go on with the run if the folder has one.
 
@@ -170,6 +171,7 @@ def fit(
         folder: made if need be.
         say: called with a line about what happens.
         progress: called with (stage, steps done, steps in all, values).
+        augment: of the training images, to one size; None: as the config says. No file keeps it: to resume, give it again.
 
     Returns:
         What result.json holds.
@@ -179,7 +181,7 @@ def fit(
         FloatingPointError: the loss is not finite; the message names the batch's files.
         Stopped: SIGINT or SIGTERM came; the state is saved.
     """
-    run = Run(config, Path(folder), say, progress)
+    run = Run(config, Path(folder), say, progress, augment)
     try:
         return run.go()
     finally:
@@ -189,8 +191,9 @@ def fit(
 class Run:
     """The parts of `fit`, and how they are saved and put back."""
 
-    def __init__(self, config: Config, folder: Path, say, progress):
+    def __init__(self, config: Config, folder: Path, say, progress, augment):
         self.config, self.folder, self.say, self.progress = config, folder, say, progress
+        self.augment = augment or Augment(config.crop, config.scale, config.flip, config.colour)
         self.processes = Processes(config.device)
         self.device, self.alone = self.processes.device, self.processes.rank == 0
         self.method, self.events, self.signal = None, None, 0
@@ -245,6 +248,7 @@ class Run:
         self.loss.to(self.device)
         logits = self.distil() if config.method else None
         if config.compile:
+            self.say("compile: the first step and the first evaluation wait for the compiler, a minute or more")
             self.model.outputs = torch.compile(self.model.outputs)
         self.trained: nn.Module = Features(self.model, config.freeze_bn)
         if self.processes.world > 1:
@@ -253,8 +257,7 @@ class Run:
         parameters = [*self.model.parameters(), *(self.method.parameters() if self.method else ())]
         self.optimizer = make_optimizer(config, parameters)
         self.scaler = torch.amp.GradScaler(self.device.type) if config.precision == "fp16" else None
-        augment = Augment(config.crop, config.scale, config.flip, config.colour)
-        self.stream = Stream(self.train_set, augment, config.seed, logits)
+        self.stream = Stream(self.train_set, self.augment, config.seed, logits)
 
     def class_weights(self) -> list[float] | None:
         text, classes = self.config.class_weights, len(self.train_set.classes)
