@@ -121,9 +121,22 @@ def test_state_dict_comes_back(network, built):
 
 def test_channels_last(network, built):
     model = built(network.name)
-    images = torch.randn(1, 3, 64, 96)
+    images = torch.randn(1, 3, 128, 160)
+    last = images.contiguous(memory_format=torch.channels_last)
     with torch.no_grad():
-        logits_close(model(images.contiguous(memory_format=torch.channels_last)), model(images))
+        plain, logits, features = model(images), model(last), model.forward_features(last).features
+    logits_close(logits, plain)
+    assert plain.is_contiguous()
+    assert logits.is_contiguous(memory_format=torch.channels_last)
+    for name, x in features.items():
+        assert x.is_contiguous(memory_format=torch.channels_last), name  # no step falls back to the weights' layout
+
+
+def test_vmap():
+    model = segfast.create_model("fast_scnn", 3).eval()
+    images = torch.randn(2, 1, 3, 64, 96).transpose(3, 4)
+    with torch.no_grad():
+        logits_close(torch.func.vmap(model)(images).flatten(0, 1), model(images.flatten(0, 1)))
 
 
 def test_autocast(network, built):

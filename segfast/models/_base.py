@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from segfast import ops
-from segfast.nn.sampling import resize
+from segfast import _backend, ops
+from segfast.nn.folding import quick
+from segfast.nn.sampling import laid_out, resize
 
 
 class Output(NamedTuple):
@@ -48,6 +49,19 @@ class Preprocessing:
         return (images / self.divisor - mean) / std
 
 
+def kernels_layout(images: Tensor) -> Tensor:
+    """The images, for inference on this package's CPU kernels in channels_last, which is these kernels' own layout."""
+    if not (
+        quick()
+        and images.dim() == 4
+        and images.device.type == "cpu"
+        and _backend.has_kernel("ds_conv", images)
+        and not torch.jit.is_tracing()
+    ):
+        return images
+    return images.contiguous(memory_format=torch.channels_last)
+
+
 class SegmentationModel(nn.Module):
     """A network that maps images (N, 3, H, W) to logits (N, num_classes, H, W).
 
@@ -82,8 +96,8 @@ class SegmentationModel(nn.Module):
         return self.outputs(images)
 
     def forward(self, images: Tensor) -> Tensor:
-        """(N, 3, H, W) to logits (N, num_classes, H, W)."""
-        logits = self.forward_features(images).logits
+        """(N, 3, H, W) to logits (N, num_classes, H, W), without gradients in the images' memory format."""
+        logits = laid_out(self.forward_features(kernels_layout(images)).logits, images)
         return resize(logits, images.shape[2:], self.align_corners)
 
     def save_pretrained(self, folder: str | Path, *, network: dict | None = None, miou: float | None = None) -> Path:
@@ -147,7 +161,7 @@ class SegmentationModel(nn.Module):
             pixels = torch.from_numpy(array.copy()).permute(2, 0, 1)
         weight = next(self.parameters())
         batch = self.preprocessing(pixels.reshape(-1, *pixels.shape[-3:]).to(weight.device)).to(weight.dtype)
-        logits = self.forward_features(batch).logits
+        logits = self.forward_features(kernels_layout(batch)).logits
         dtype = torch.uint8 if logits.shape[1] <= 256 else torch.int64
         classes = ops.upsample_argmax(logits, batch.shape[2:], self.align_corners, dtype=dtype)
         classes = classes.reshape(*pixels.shape[:-3], *pixels.shape[-2:])

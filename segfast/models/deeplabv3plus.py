@@ -11,6 +11,7 @@ from segfast.backbones import create_backbone
 from segfast.models._base import Output, SegmentationModel
 from segfast.models._registry import Published, register_model
 from segfast.nn import BatchNorm2d, ConvBNAct, adaptive_avg_pool2d, resize
+from segfast.nn.sampling import laid_out
 
 
 class AtrousPyramidPooling(nn.Module):
@@ -34,7 +35,7 @@ class AtrousPyramidPooling(nn.Module):
         self.project = ConvBNAct((2 + len(dilations)) * out_channels, out_channels, 1, norm_layer=BatchNorm2d)
 
     def forward(self, x: Tensor) -> Tensor:
-        mean = self.pooled(adaptive_avg_pool2d(x, 1)).expand(-1, -1, *x.shape[2:])
+        mean = laid_out(self.pooled(adaptive_avg_pool2d(x, 1)).expand(-1, -1, *x.shape[2:]), x)
         return self.project(torch.cat([*(branch(x) for branch in self.branches), mean], 1))
 
 

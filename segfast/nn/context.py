@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from segfast import _backend
 from segfast.nn.convolution import Activation, BatchNorm2d, ConvBNAct
-from segfast.nn.folding import activate
-from segfast.nn.sampling import adaptive_avg_pool2d, free, resize
+from segfast.nn.folding import activate, quick
+from segfast.nn.sampling import adaptive_avg_pool2d, free, laid_out, resize
 
 
 class PyramidPooling(nn.Module):
@@ -72,7 +73,7 @@ class PyramidPooling(nn.Module):
                 y = y + resize(adaptive_avg_pool2d(x, grid), size, self.align_corners)
             return y
         pooled = [
-            resize(branch(adaptive_avg_pool2d(x, grid)), size, self.align_corners)
+            laid_out(resize(branch(adaptive_avg_pool2d(x, grid)), size, self.align_corners), x)
             for grid, branch in zip(self.grids, self.branches)
         ]
         y = torch.cat([x, *pooled] if self.input_first else [*pooled, x], 1)
@@ -157,7 +158,7 @@ class SpatialPyramidPooling(nn.Module):
         for i, rows in enumerate(self.grids):
             columns = rows if self.square else in_proportion(rows, height, width)
             level = getattr(self, f"spp{i}")(adaptive_avg_pool2d(x, (rows, columns)))
-            levels.append(resize(level, (height, width), align_corners=False))
+            levels.append(laid_out(resize(level, (height, width), align_corners=False), x))
         return self.spp_fuse(torch.cat(levels, 1))
 
 
@@ -187,6 +188,8 @@ def fast_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     q = F.normalize(query.flatten(2), dim=1)  # (N, C', pixels)
     k = F.normalize(key.flatten(2), dim=1)
     context = value.flatten(2) @ k.transpose(1, 2)  # (N, C, C')
+    if quick() and _backend.layout(value) is torch.channels_last:
+        return (q.transpose(1, 2) @ context.transpose(1, 2)).view(n, height, width, channels).permute(0, 3, 1, 2)
     return (context @ q).view(n, channels, height, width)
 
 

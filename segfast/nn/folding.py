@@ -16,8 +16,16 @@ IN_PLACE = {
 
 
 def quick() -> bool:
-    """Whether an intermediate result may be overwritten: no gradients, no compiler (it fuses by itself), nobody watching."""
-    return not torch.is_grad_enabled() and not torch.compiler.is_compiling() and not _has_any_global_hook()
+    """Whether an intermediate result may be overwritten: no gradients, no compiler (it fuses by itself), nobody watching.
+
+    Nor a transform of torch.func, whose tensors do not tell their layout.
+    """
+    return not (
+        torch.is_grad_enabled()
+        or torch.compiler.is_compiling()
+        or _has_any_global_hook()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+    )
 
 
 def conv_bn_act(x: Tensor, conv: nn.Module, bn: nn.Module, act: nn.Module) -> Tensor:

@@ -45,6 +45,11 @@ def resize(x: Tensor, size, align_corners: bool = False, mode: str = "bilinear")
     return F.interpolate(x, tuple(size), mode=mode, align_corners=align_corners if mode == "bilinear" else None)
 
 
+def laid_out(x: Tensor, like: Tensor) -> Tensor:
+    """x, without gradients in the layout of `like`: what was a pooled map of 1 x 1, whose layout is both, turns contiguous."""
+    return x.contiguous(memory_format=_backend.layout(like)) if quick() else x
+
+
 def adaptive_avg_pool2d(x: Tensor, grid: int | tuple[int, int]) -> Tensor:
     """`F.adaptive_avg_pool2d`, exact at every size also in exported graphs, where ONNX takes only sizes that the grid divides.
 
