@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 KINDS = ("dense", "depthwise", "separable", "inverted")
+FLOAT_KINDS = (*KINDS, "transposed", "maps")
 ACTS = (lambda x: x, F.relu, F.relu6, F.silu, F.hardswish)
 NEAR = {"float32": 1e-4, "bfloat16": 0.1}  # of the largest element: far above rounding, far below a wrong element
 
@@ -19,7 +20,7 @@ def draw(integer, choice) -> dict[str, Any]:
     least = max(1, dilation * (size - 1) + 1 - 2 * padding)
     return {
         "dtype": dtype,
-        "kind": choice(KINDS),
+        "kind": choice(KINDS if dtype == "int8" else FLOAT_KINDS),
         "size": [integer(0, 2), integer(1, 40), least + integer(0, 9), least + integer(0, 40)],
         "expanded": integer(1, 70),
         "out": integer(1, 70),
@@ -50,6 +51,13 @@ def call(
     dilation: list[int], acts: list[int], add: bool, planar: bool, seed: int,
 ) -> None:  # fmt: skip
     torch.manual_seed(seed)
+    if kind in ("transposed", "maps"):
+        layout = torch.contiguous_format if planar else torch.channels_last
+        x = torch.randn(size).to(getattr(torch, dtype)).contiguous(memory_format=layout)
+        pairs = transposed(x, out, kernel, acts[0], add) if kind == "transposed" else maps(x, expanded, out, stride, add)
+        for got, y in pairs:
+            require_near(got, y, dtype)
+        return
     convs = shapes(kind, size[1], expanded, out, kernel)
     spatial = 1 if kind == "inverted" else 0
     groups = {"dense": 1, "inverted": expanded}.get(kind, size[1])
@@ -78,9 +86,49 @@ def call(
         gots.append(ops.packed_ds_conv(x, ops.pack_ds_conv(*flat, kept), *geometry, *acts[:2], more))
     else:
         gots.append(ops.packed_inverted_residual(x, ops.pack_inverted_residual(*flat, kept), *geometry, *acts, more))
-    for got in gots if y.numel() else ():
+    for got in gots:
+        require_near(got, y, dtype)
+
+
+def require_near(got: Tensor, y: Tensor, dtype: str) -> None:
+    if y.numel():
         off, largest = float((got.double() - y).abs().max()), float(y.abs().max())
         assert off <= NEAR[dtype] * (largest + 1), f"off by {off} of {largest}"
+
+
+def transposed(x: Tensor, out: int, kernel: list[int], act: int, add: bool):
+    """A transposed convolution whose stride is its kernel."""
+    ops = torch.ops.segfast
+    x = x if x.dtype == torch.float32 or x.shape[1] % 2 == 0 else torch.cat([x, x], 1)
+    weight, bias = torch.randn(x.shape[1], out, *kernel) / x.shape[1] ** 0.5, torch.randn(out)
+    y = F.conv_transpose2d(x.double(), weight.double(), bias.double(), kernel)
+    more = torch.randn(y.shape).to(x.dtype) if add else None
+    y = ACTS[act](y if more is None else y + more)
+    packed = ops.pack_conv_transpose(weight, bias, 1, x.dtype)
+    yield ops.packed_conv_transpose(x, packed, kernel, [0, 0], [1, 1], act, more), y
+
+
+def maps(x: Tensor, expanded: int, out: int, stride: list[int], add: bool):
+    """What joins, resizes and recodes maps."""
+    ops = torch.ops.segfast
+    n, c, h, w = x.shape
+    others = [torch.randn(n, k, h, w).to(x.dtype) for k in (out, expanded)]
+    total = c + out + expanded
+    more = torch.randn(n, total, h, w).to(x.dtype) if add else None
+    scale, shift, slope = torch.randn(3, total).unbind()
+    y = torch.cat([x, *others], 1).double() + (0 if more is None else more)
+    y = y * scale.view(1, -1, 1, 1) + shift.view(1, -1, 1, 1)
+    yield ops.concat_affine([x, *others], more, scale, shift, slope, False), torch.where(y < 0, y * slope.view(1, -1, 1, 1), y)
+    if not x.numel():
+        return
+    for size in ([expanded, out], [h * stride[0], w * stride[1]]):
+        for channels_last in (False, True):
+            exact = F.interpolate(x.double(), size, mode="bilinear", align_corners=add)
+            yield ops.resize(x, size, add, channels_last), exact
+    yield ops.repeat_pixels(x, *stride), F.interpolate(x.double(), [h * stride[0], w * stride[1]])
+    if x.dtype == torch.float32:
+        code = ops.quantize_map(x, 0.1, 128)
+        yield ops.dequantize_map(code, 0.1, 128), ((x.double() * 10).round().clamp(-128, 127)) / 10
 
 
 def call_int8(size, convs, groups, stride, padding, dilation, acts, add, layout) -> None:
