@@ -2,13 +2,19 @@
 
 python benchmarks/optimize.py --list
 python benchmarks/optimize.py --row fast_scnn-1024x2048
+python benchmarks/optimize.py --memory fast_scnn-1024x2048
 python benchmarks/optimize.py --docs
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
+import gc
 import json
+import subprocess
+import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,7 +25,7 @@ from torch import nn
 import segfast
 from segfast.engine import checkpoint
 from segfast.engine.catalogue import table
-from segfast.engine.race import INCLUDED, NOTE, PEERS, race
+from segfast.engine.race import INCLUDED, NOTE, PEERS, prepare, race
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "docs" / "results" / "optimize.json"
@@ -95,6 +101,42 @@ def measure(name: str, seconds: float) -> dict:
     return asdict(result)
 
 
+def resident(field: str) -> float:
+    """MB of this process: VmRSS now, VmHWM at most."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) / 1024
+
+
+def extra_memory(name: str, way: str) -> float | None:
+    """MB that three calls add at their peak to what this process holds when all is prepared."""
+    row = ROWS[name]
+    torch.manual_seed(0)
+    network, images = row.build().eval(), torch.randn(row.batch, 3, *row.size)
+    with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
+        call = prepare(way, network, images, row.dtype, row.target, Path(folder))
+        if isinstance(call, str):
+            return None
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+        before = resident("VmRSS")
+        for _ in range(3):
+            call()
+        return resident("VmHWM") - before
+
+
+def measure_memory(name: str) -> dict[str, float]:
+    """Every way in a process of its own."""
+    found = {}
+    for way in ("segfast", *PEERS):
+        command = [sys.executable, __file__, "--memory", name, "--way", way, "--threads", str(torch.get_num_threads())]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        value = done.stdout.split()[-1]
+        if value != "None":
+            found[way] = round(float(value), 1)
+    return found
+
+
 def stored() -> dict:
     return json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
 
@@ -162,6 +204,20 @@ def text(results: dict) -> str:
         time = result["milliseconds"]["segfast"]["median"] if result else None
         shown = ["not run", ""] if time is None else [f"{time:.1f}", f"{1e6 * time / pixels:.2f}"]
         cells.append([name, f"{row.batch}", f"{row.size[0]}x{row.size[1]}", *shown])
+    cells = []
+    for name in ROWS:
+        used = results.get(name, {}).get("megabytes")
+        if used:
+            best = min((mb, way) for way, mb in used.items() if way != "segfast")
+            shown = [f"{used[way]:.0f}" if way in used else "–" for way in ("segfast", *PEERS)]
+            cells.append([f"`{name}`", *shown, f"{used['segfast'] / best[0]:.2f} ({best[1]})"])
+    parts += [
+        "## Memory",
+        "",
+        "MB that three calls add at their peak, each way in a process of its own, its weights ready before.",
+        "",
+    ]
+    parts += [table(["row", "segfast", *PEERS, "segfast over the least"], cells), ""]
     parts += ["## Scaling", "", "Fast-SCNN, float32, to the class map.", ""]
     parts += [table(["row", "batch", "size", "milliseconds", "nanoseconds a pixel"], cells), ""]
     parts += [KERNELS, ""]
@@ -174,6 +230,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--row", action="append", default=[], choices=[*ROWS, "all"])
     parser.add_argument("--seconds", type=float, default=10.0, help="of timing a row")
+    parser.add_argument("--memory", action="append", default=[], choices=list(ROWS), help="of a row that has its times")
+    parser.add_argument("--way", choices=["segfast", *PEERS], help="with --memory: measure this process, print MB")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--list", action="store_true", help="the rows' names")
     parser.add_argument("--docs", action="store_true", help="write docs/optimize.md from what was measured")
@@ -185,7 +243,14 @@ def main() -> None:
         result = measure(name, arguments.seconds)
         checkpoint.write(RESULTS, json.dumps(stored() | {name: result}, indent=1) + "\n")
         print({way: t["median"] for way, t in result["milliseconds"].items()}, ratio(ROWS[name], result), flush=True)
-    if arguments.docs or arguments.row:
+    if arguments.way:
+        print(extra_memory(arguments.memory[0], arguments.way))
+        return
+    for name in arguments.memory:
+        entry = stored()[name] | {"megabytes": measure_memory(name)}
+        checkpoint.write(RESULTS, json.dumps(stored() | {name: entry}, indent=1) + "\n")
+        print(name, entry["megabytes"], flush=True)
+    if arguments.docs or arguments.row or arguments.memory:
         checkpoint.write(PAGE, text(stored()))
 
 

@@ -28,7 +28,7 @@ struct PackedArgs {
   int64_t strip, tile;  // output columns a strip, pixels a tile
   const T *x, *add;     // add may be null
   T* y;
-  bool planar;  // x is contiguous, N C H W: where a pixel is no whole number of words, the dense convolution takes it so
+  bool planar;  // x is contiguous, N C H W: the dense convolution takes an image, and pixels of no whole number of words, so
   const float *expand, *expand_shift, *dw, *dw_shift, *pw, *pw_shift;  // expand and pw: words
   int64_t expand_act, dw_act, act;
 };
@@ -158,10 +158,11 @@ SEGFAST_INLINE void gather(const Geometry& g, const T* image, int64_t iy, int64_
   }
 }
 
-// Row y of an image with a zero after every pixel, whose channels are odd in number: to [w][c + 1].
+// Row y of an image, its pixels whole words: to [w][c], or with a zero after an odd number of channels [w][c + 1].
 template <class T>
 SEGFAST_INLINE void even_row(const PackedArgs<T>& o, int64_t n, int64_t y, T* to) {
   const Geometry& g = o.g;
+  const int64_t even = words<T>(g.c) * kPerWord<T>;
   const int64_t step = o.planar ? 1 : g.c, plane = o.planar ? g.h * g.w : 1;
   const T* from = o.planar ? o.x + (n * g.c * g.h + y) * g.w : o.x + (n * g.h + y) * g.w * g.c;
   if (g.c == 3 && sizeof(T) == 2) {
@@ -173,18 +174,27 @@ SEGFAST_INLINE void even_row(const PackedArgs<T>& o, int64_t n, int64_t y, T* to
     }
     return;
   }
+  if (g.c == 3 && even == 3 && step == 1) {
+    const T *red = from, *green = from + plane, *blue = from + 2 * plane;
+    for (int64_t x = 0; x < g.w; ++x) {
+      to[3 * x] = red[x];
+      to[3 * x + 1] = green[x];
+      to[3 * x + 2] = blue[x];
+    }
+    return;
+  }
   for (int64_t x = 0; x < g.w; ++x) {
-    for (int64_t c = 0; c < g.c; ++c) to[x * (g.c + 1) + c] = from[x * step + c * plane];
-    to[x * (g.c + 1) + g.c] = T(0);
+    for (int64_t c = 0; c < g.c; ++c) to[x * even + c] = from[x * step + c * plane];
+    if (even > g.c) to[x * even + g.c] = T(0);
   }
 }
 
-// A dense convolution of pixels that are no whole number of words: rows [begin, end) of N * OH. The rows under the kernel are
-// kept in a ring, as in inverted_rows, each pixel with a zero more and between as many zero pixels as the kernel reaches out.
+// A dense convolution of pixels that are no whole number of words, or of an image's planes: rows [begin, end) of N * OH. The rows
+// under the kernel are kept in a ring, as in inverted_rows, between as many zero pixels as the kernel reaches out.
 template <class T>
 void odd_rows(const PackedArgs<T>& o, int64_t begin, int64_t end, T* ring) {
   const Geometry& g = o.g;
-  const int64_t even = g.c + 1, slots = g.dh * (g.kh - 1) + 1, slot = (g.w + 2 * g.pw) * even;
+  const int64_t even = words<T>(g.c) * kPerWord<T>, slots = g.dh * (g.kh - 1) + 1, slot = (g.w + 2 * g.pw) * even;
   for (int64_t i = 0; i < slots * slot; ++i) ring[i] = T(0);
   int64_t from[64], panel[64];
   int64_t next = 0, image = -1;
@@ -576,7 +586,7 @@ struct Call {
     const auto at = [&](int64_t offset) { return reinterpret_cast<const float*>(bytes + offset); };
     o.expand = at(h.expand), o.expand_shift = at(h.expand_shift), o.dw = at(h.dw), o.dw_shift = at(h.dw_shift);
     o.pw = at(h.pw), o.pw_shift = at(h.pw_shift);
-    o.planar = kind == kDense && g.c % kPerWord<T> != 0 && input.is_contiguous();
+    o.planar = kind == kDense && (g.c % kPerWord<T> != 0 || g.c == 3) && input.is_contiguous();
     if (!o.planar) x = contiguous_as(input, true);
     y = empty({g.n, g.k, g.oh, g.ow}, dtype, x, true);
     if (more) {
@@ -601,14 +611,15 @@ Tensor packed_conv(const Tensor& x, const Tensor& packed, Ints stride, Ints padd
   if (call.y.numel() == 0) return call.y;
   if (call.kind == kDepthwise) {
     parallel_for(0, g.n * g.oh, 1, [&](int64_t begin, int64_t end) { SEGFAST_PACKED_CALL(T, depthwise_rows, o, begin, end); });
-  } else if (g.c % kPerWord<T> == 0 && g.kh * g.kw == 1 && g.sh == 1 && g.sw == 1 && g.ph == 0 && g.pw == 0) {
+  } else if (g.c % kPerWord<T> == 0 && !o.planar && g.kh * g.kw == 1 && g.sh == 1 && g.sw == 1 && g.ph == 0 && g.pw == 0) {
     const int64_t pixels = g.pixels(), tiles = (pixels + o.tile - 1) / o.tile;
     parallel_for(0, tiles, 1, [&](int64_t begin, int64_t end) {
       SEGFAST_PACKED_CALL(T, pointwise_tiles, o, begin * o.tile, std::min(end * o.tile, pixels));
     });
   } else {
-    const bool whole = g.c % kPerWord<T> == 0;
-    const int64_t size = whole ? g.kh * g.kw * g.c : (g.dh * (g.kh - 1) + 1) * (g.w + 2 * g.pw) * (g.c + 1);
+    const bool whole = g.c % kPerWord<T> == 0 && !o.planar;
+    const int64_t even = words<T>(g.c) * kPerWord<T>;
+    const int64_t size = whole ? g.kh * g.kw * g.c : (g.dh * (g.kh - 1) + 1) * (g.w + 2 * g.pw) * even;
     parallel_for(0, g.n * g.oh, 1, [&](int64_t begin, int64_t end) {
       const Buffer<T> rows(size, false);
       if (whole) {

@@ -19,7 +19,7 @@ from segfast.engine import checkpoint
 from segfast.engine.bench import Times, references, summary
 from segfast.engine.environment import environment
 from segfast.engine.report import STYLE, table
-from segfast.optimize import optimize
+from segfast.optimize import OptimizedModel, optimize
 
 PEERS = ("eager", "channels_last", "inductor", "onnxruntime", "openvino")
 SETTLE = 0.02  # seconds; the thread pools of other libraries spin for a while after a call
@@ -122,19 +122,16 @@ def race(
         raise ValueError(f"race: want peers of {', '.join(PEERS)}, classes or logits, got {', '.join(wrong)} and {target}")
     torch.manual_seed(0)
     images = torch.randn(batch, 3, *size)
-    whole = ToClasses(network) if target == "classes" else network
     say("optimising")
-    ours = optimize(
-        ToClasses(network, cast=False) if target == "classes" else network, images, dtype=dtype, class_dtype=torch.uint8
-    )
+    ours = optimized(network, images, dtype, target)
     calls: dict[str, Call] = {"segfast": lambda: ours(images)}
     with torch.no_grad(), references():
-        plain = whole(images)
+        plain = (ToClasses(network) if target == "classes" else network)(images)
     absent = {}
     with tempfile.TemporaryDirectory() as folder:
         for peer in peers:
             say(f"preparing {peer}")
-            made = MAKE[peer](whole, images, dtype, Path(folder))
+            made = prepare(peer, network, images, dtype, target, Path(folder))
             if isinstance(made, str):
                 absent[peer] = made
             else:
@@ -150,6 +147,19 @@ def race(
             ]
     times = {way: summary(values) for way, values in taken.items()}
     return Race(name, tuple(size), batch, str(dtype).removeprefix("torch."), target, times, absent, steps, facts())
+
+
+def optimized(network: nn.Module, images: Tensor, dtype: torch.dtype, target: str) -> OptimizedModel:
+    whole = ToClasses(network, cast=False) if target == "classes" else network
+    return optimize(whole, images, dtype=dtype, class_dtype=torch.uint8)
+
+
+def prepare(way: str, network: nn.Module, images: Tensor, dtype: torch.dtype, target: str, folder: Path) -> Call | str:
+    """The network by "segfast" or one of PEERS, ready to run; or why it cannot."""
+    if way == "segfast":
+        ours = optimized(network, images, dtype, target)
+        return lambda: ours(images)
+    return MAKE[way](ToClasses(network) if target == "classes" else network, images, dtype, folder)
 
 
 def facts() -> dict[str, str]:
