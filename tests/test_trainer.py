@@ -121,7 +121,7 @@ def test_tensorboard_events(tmp_path):
 
 @pytest.mark.parametrize("method", [None, "pixel-wise+overhaul"])
 def test_compiled_runs_take_the_same_steps(tmp_path, teacher, monkeypatch, method):
-    options = {**TINY, "model": "unet", "model_options": {"width": 2}, "steps": 3, "examples": 0, "ema": 0.9}
+    options = {**TINY, "model": "unet", "model_options": {"width": 2}, "steps": 3, "examples": 0, "ema": 0.9, "optimizer": "sgd"}
     options |= {"method": method, "teacher": str(teacher) if method else None}
     fit(Config(**options), tmp_path / "eager")
     graphs, backend = [], torch._dynamo.lookup_backend("inductor" if EFFORT == "full" else "aot_eager")
