@@ -556,6 +556,36 @@ Geometry geometry(const Tensor& x, const Tensor& dw_weight, int64_t k, const Int
   return g;
 }
 
+// What segfast.ops.ds_conv says in its own words where this refuses.
+void want_block(const Tensor& x, const Tensor& dw, const Tensor& pw, std::initializer_list<const Optional*> dw_vectors,
+                std::initializer_list<const Optional*> pw_vectors, const Ints& stride, const Ints& padding,
+                const Ints& dilation) {
+  const auto want = [](bool holds) { STD_TORCH_CHECK(holds, "ds_conv: want tensors and options that fit one another"); };
+  want(x.dim() == 4 && dw.dim() == 4 && pw.dim() == 4);
+  const int64_t c = x.size(1), k = pw.size(0);
+  want(dw.size(0) == c && dw.size(1) == 1 && pw.size(1) == c && pw.size(2) == 1 && pw.size(3) == 1);
+  const ScalarType dtype = x.scalar_type();
+  want(dw.scalar_type() == dtype && pw.scalar_type() == dtype && dw.is_cpu() && pw.is_cpu());
+  for (const auto& [value, least] : {std::pair{&stride, 1}, {&padding, 0}, {&dilation, 1}}) {
+    want(value->size() == 2 && (*value)[0] >= least && (*value)[1] >= least);
+  }
+  for (int i = 0; i < 2; ++i) {
+    want(dw.size(2 + i) > 0 && x.size(2 + i) + 2 * padding[i] > dilation[i] * (dw.size(2 + i) - 1));
+  }
+  const ScalarType wide = dtype == ScalarType::BFloat16 || dtype == ScalarType::Half ? ScalarType::Float : dtype;
+  const auto vectors = [&](std::initializer_list<const Optional*> list, int64_t n) {
+    int place = 0;
+    for (const Optional* v : list) {  // the bias of the convolution first: of x's dtype alone
+      const bool bias = place++ == 0;
+      if (!*v) continue;
+      const Tensor& t = **v;
+      want(t.is_cpu() && t.dim() == 1 && t.size(0) == n && (t.scalar_type() == dtype || (!bias && t.scalar_type() == wide)));
+    }
+  };
+  vectors(dw_vectors, c);
+  vectors(pw_vectors, k);
+}
+
 // BatchNorm as v = scale * u + shift, with mean and 1 / sqrt(var + eps) kept for the backward.
 template <class A>
 struct Fold {
@@ -623,10 +653,13 @@ Tensor ds_conv_cpu(const Tensor& input, const Tensor& dw_weight, Optional dw_bia
                    IntHeaderOnlyArrayRef stride, IntHeaderOnlyArrayRef padding, IntHeaderOnlyArrayRef dilation, int64_t dw_act,
                    int64_t act) {
   counter.add();
+  const Ints strides(stride.begin(), stride.end()), paddings(padding.begin(), padding.end()),
+      dilations(dilation.begin(), dilation.end());
+  want_block(input, dw_weight, pw_weight, {&dw_bias, &dw_mean, &dw_var, &dw_gamma, &dw_beta},
+             {&pw_bias, &pw_mean, &pw_var, &pw_gamma, &pw_beta}, strides, paddings, dilations);
   const bool channels_last = is_channels_last(input);
   const Tensor x = contiguous_as(input, true);
-  const Geometry g = geometry(x, dw_weight, pw_weight.size(0), Ints(stride.begin(), stride.end()),
-                              Ints(padding.begin(), padding.end()), Ints(dilation.begin(), dilation.end()));
+  const Geometry g = geometry(x, dw_weight, pw_weight.size(0), strides, paddings, dilations);
   const Tensor y = empty({g.n, g.k, g.oh, g.ow}, x.scalar_type(), x, true);
   if (y.numel() > 0) {
     with_types(x, [&](auto t, auto a) {

@@ -146,4 +146,7 @@ def batch_norm(bn: nn.Module) -> ops.BatchNorm | None:
         momentum = 1 / (float(bn.num_batches_tracked) + 1) if update and bn.num_batches_tracked is not None else 0.0
     if bn.training and not update:
         return ops.BatchNorm(None, None, bn.weight, bn.bias, bn.eps, momentum)
-    return ops.BatchNorm(bn.running_mean, bn.running_var, bn.weight, bn.bias, bn.eps, momentum)
+    parameters, buffers = bn._parameters, bn._buffers  # where the attributes come from, which ask a module's __getattr__ each
+    return ops.BatchNorm(
+        buffers["running_mean"], buffers["running_var"], parameters["weight"], parameters["bias"], bn.eps, momentum
+    )

@@ -32,6 +32,9 @@ class BatchNorm(NamedTuple):
     momentum: float = 0.1
 
 
+_NONE, _PLAIN = BatchNorm(), (Tensor, torch.nn.Parameter)
+
+
 def ds_conv_reference(
     x: Tensor,
     dw_weight: Tensor,
@@ -263,6 +266,10 @@ def ds_conv(
         ValueError: shapes, sizes or options that do not fit, one value a channel when training.
         TypeError: dtypes that do not fit.
     """
+    if not torch.compiler.is_compiling() and not torch.is_grad_enabled() and training in (False, (False, False)):
+        y = _infer(x, dw_weight, pw_weight, dw_bias, pw_bias, dw_bn, pw_bn, stride, padding, dilation, dw_act, act)
+        if y is not None:
+            return y
     stride, dilation, training = _pair(stride), _pair(dilation), _pair(training)
     padding = _same(dw_weight, dilation) if padding is None else _pair(padding)
     _check(x, dw_weight, pw_weight, dw_bias, pw_bias, dw_bn, pw_bn, stride, padding, dilation, dw_act, act, training)
@@ -297,6 +304,31 @@ def ds_conv(
                 bn.running_mean.lerp_(mean.to(bn.running_mean.dtype), bn.momentum)
                 bn.running_var.lerp_((var * (count / (count - 1))).to(bn.running_var.dtype), bn.momentum)
     return y
+
+
+def _infer(x, dw_weight, pw_weight, dw_bias, pw_bias, dw_bn, pw_bn, stride, padding, dilation, dw_act, act) -> Tensor | None:
+    """The block on the CPU without gradients, where nothing has to be looked at first; else None.
+
+    A block of a small network lasts a few tenths of a millisecond, and looking takes one of them. What does not fit the kernel
+    refuses too, and then the caller looks.
+    """
+    one, two = dw_bn or _NONE, pw_bn or _NONE
+    tensors = [t for t in (x, dw_weight, pw_weight, dw_bias, pw_bias, *one[:4], *two[:4]) if t is not None]
+    plain = (
+        type(stride) is type(padding) is type(dilation) is tuple
+        and not (one is dw_bn and one.running_mean is None)
+        and not (two is pw_bn and two.running_mean is None)
+        and all([type(t) in _PLAIN and t.is_cpu for t in tensors])
+    )
+    if not plain or torch.is_autocast_enabled("cpu") or not _backend.has_kernel("ds_conv", x):
+        return None
+    try:
+        return torch.ops.segfast.ds_conv.default(
+            *(x, dw_weight, dw_bias, *one[:5], pw_weight, pw_bias, *two[:5]),
+            *(stride, padding, dilation, ACTIVATIONS[dw_act], ACTIVATIONS[act]),
+        )
+    except (RuntimeError, TypeError, KeyError):
+        return None
 
 
 def _pair(value) -> tuple:
