@@ -29,7 +29,8 @@ from segfast.engine.race import INCLUDED, NOTE, PEERS, prepare, race
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "docs" / "results" / "optimize.json"
-PAGE = ROOT / "docs" / "optimize.md"
+PAGE, README = ROOT / "docs" / "optimize.md", ROOT / "README.md"
+BEGIN, END = "<!-- networks: filled by benchmarks/optimize.py -->", "<!-- end of networks -->"
 
 
 @dataclass(frozen=True)
@@ -226,6 +227,28 @@ def text(results: dict) -> str:
     return "\n".join(parts).rstrip() + "\n"
 
 
+def readme(results: dict) -> str:
+    """README.md with its table of whole networks filled anew."""
+    ways = ("segfast", "onnxruntime", "openvino", "inductor", "channels_last")
+    names = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO", "inductor": "`torch.compile`, frozen"}
+    head = ["network", *(names.get(way, way) for way in ways[:-1]), "eager, channels_last", "ratio to the best of them"]
+    cells = []
+    for name, row in ROWS.items():
+        if not row.against or name not in results:
+            continue
+        times = results[name]["milliseconds"]
+        ms = {way: times[way]["median"] for way in ways if way in times}
+        best = min(t for way, t in ms.items() if way != "segfast")
+        what = f"{row.title}, {row.size[0]} x {row.size[1]}, {str(row.dtype).removeprefix('torch.')}"
+        shown = [f"{ms[way]:.0f}" if way in ms else "none" for way in ways]
+        cells.append([what + (", to logits" if row.target == "logits" else ""), *shown, f"{best / ms['segfast']:.2f}"])
+    machines = sorted({f"{r['environment']['processor']}, torch {r['environment']['torch']}" for r in results.values()})
+    page = README.read_text(encoding="utf-8")
+    before, _, rest = page.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    return f"{before}{BEGIN}\n\n{table(head, cells)}\n\nMeasured on: {'; '.join(machines)}; two threads.\n\n{END}{after}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--row", action="append", default=[], choices=[*ROWS, "all"])
@@ -252,6 +275,7 @@ def main() -> None:
         print(name, entry["megabytes"], flush=True)
     if arguments.docs or arguments.row or arguments.memory:
         checkpoint.write(PAGE, text(stored()))
+        checkpoint.write(README, readme(stored()))
 
 
 if __name__ == "__main__":

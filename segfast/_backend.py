@@ -107,7 +107,7 @@ def empty(size: tuple[int, ...], like: Tensor) -> Tensor:
     Writing a fresh tensor of 40 MB costs 10,000 page faults otherwise, which take longer than most of what fills it.
     """
     x = torch.empty(size, dtype=like.dtype, device=like.device, memory_format=layout(like))
-    if _C is not None and x.device.type == "cpu":
+    if _C is not None and type(x) is Tensor and x.device.type == "cpu":
         _C.advise_huge_pages(x.data_ptr(), x.numel() * x.element_size())
     return x
 
