@@ -36,10 +36,15 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_ds_conv_refuses(name):
+@pytest.mark.parametrize("gradients", [True, False])
+def test_ds_conv_refuses(name, gradients):
+    """Without gradients, and with pairs, the kernel looks first."""
     kind, change, options = BAD[name]
+    if not gradients:
+        options = {"stride": (1, 1), "padding": (1, 1), "dilation": (1, 1), **options}
+        options = {k: (v, v) if type(v) is int else v for k, v in options.items()}
     before = _backend._C.kernel_calls() if _backend._C else None
-    with pytest.raises(kind, match=r"ds_conv: want .*got "):
+    with torch.set_grad_enabled(gradients), pytest.raises(kind, match=r"ds_conv: want .*got "):
         ops.ds_conv(*change(*arguments()), **options)
     assert before is None or _backend._C.kernel_calls() == before
 

@@ -565,6 +565,7 @@ void want_block(const Tensor& x, const Tensor& dw, const Tensor& pw, std::initia
   const int64_t c = x.size(1), k = pw.size(0);
   want(dw.size(0) == c && dw.size(1) == 1 && pw.size(1) == c && pw.size(2) == 1 && pw.size(3) == 1);
   const ScalarType dtype = x.scalar_type();
+  dispatch_float("ds_conv", dtype, [](auto) {});
   want(dw.scalar_type() == dtype && pw.scalar_type() == dtype && dw.is_cpu() && pw.is_cpu());
   for (const auto& [value, least] : {std::pair{&stride, 1}, {&padding, 0}, {&dilation, 1}}) {
     want(value->size() == 2 && (*value)[0] >= least && (*value)[1] >= least);
@@ -652,11 +653,11 @@ Tensor ds_conv_cpu(const Tensor& input, const Tensor& dw_weight, Optional dw_bia
                    Optional pw_mean, Optional pw_var, Optional pw_gamma, Optional pw_beta, double pw_eps,
                    IntHeaderOnlyArrayRef stride, IntHeaderOnlyArrayRef padding, IntHeaderOnlyArrayRef dilation, int64_t dw_act,
                    int64_t act) {
-  counter.add();
   const Ints strides(stride.begin(), stride.end()), paddings(padding.begin(), padding.end()),
       dilations(dilation.begin(), dilation.end());
   want_block(input, dw_weight, pw_weight, {&dw_bias, &dw_mean, &dw_var, &dw_gamma, &dw_beta},
              {&pw_bias, &pw_mean, &pw_var, &pw_gamma, &pw_beta}, strides, paddings, dilations);
+  counter.add();
   const bool channels_last = is_channels_last(input);
   const Tensor x = contiguous_as(input, true);
   const Geometry g = geometry(x, dw_weight, pw_weight.size(0), strides, paddings, dilations);

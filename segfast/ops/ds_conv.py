@@ -316,8 +316,8 @@ def _infer(x, dw_weight, pw_weight, dw_bias, pw_bias, dw_bn, pw_bn, stride, padd
     tensors = [t for t in (x, dw_weight, pw_weight, dw_bias, pw_bias, *one[:4], *two[:4]) if t is not None]
     plain = (
         type(stride) is type(padding) is type(dilation) is tuple
-        and not (one is dw_bn and one.running_mean is None)
-        and not (two is pw_bn and two.running_mean is None)
+        and (one is _NONE or (one.running_mean is not None and one.running_var is not None))
+        and (two is _NONE or (two.running_mean is not None and two.running_var is not None))
         and all([type(t) in _PLAIN and t.is_cpu for t in tensors])
     )
     if not plain or torch.is_autocast_enabled("cpu") or not _backend.has_kernel("ds_conv", x):
