@@ -3,9 +3,9 @@
     SEGFAST_OFFICIAL=FOLDER python benchmarks/official.py [NAME ...]   # adds to docs/results/official.jsonl what it lacks
     python benchmarks/official.py --table                              # writes official.md beside it
 
-FOLDER holds clones named as on GitHub, and `mmsegmentation`, an unpacked release 0; pytorchcv is a package. Both sides run eagerly in
-inference mode, from a normalised float32 image to logits of its size; where the official code stops at its stride, its logits
-are resized. Ours is what `segfast.load_official` gives, that is `create_model` with these weights.
+FOLDER holds clones named as on GitHub, and `mmsegmentation`, an unpacked release 0; pytorchcv is a package. Both sides run
+eagerly in inference mode, from a normalised float32 image to logits of its size; where the official code stops at its stride,
+its logits are resized. Ours is what `segfast.load_official` gives, that is `create_model` with these weights.
 """
 
 from __future__ import annotations
