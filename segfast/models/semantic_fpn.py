@@ -11,6 +11,7 @@ from segfast.models._base import Output, SegmentationModel
 from segfast.models._official import Weights, register_importer
 from segfast.models._registry import Published, register_model
 from segfast.nn import ConvBNAct, resize
+from segfast.nn.folding import add
 
 
 class FeaturePyramid(nn.Module):
@@ -30,7 +31,7 @@ class FeaturePyramid(nn.Module):
         laterals = [lateral(x) for lateral, x in zip(self.lateral, maps)]
         sums = [laterals[-1]]
         for lateral in reversed(laterals[:-1]):
-            sums.append(lateral + resize(sums[-1], lateral.shape[2:], mode="nearest"))
+            sums.append(add(resize(sums[-1], lateral.shape[2:], mode="nearest"), lateral))
         return [smooth(x) for smooth, x in zip(self.smooth, reversed(sums))]
 
 
@@ -93,7 +94,7 @@ class SemanticFPN(SegmentationModel):
         stages = [norm(stage) for norm, stage in zip(self.norms, self.backbone(images))]
         first, *coarser = (head(level) for head, level in zip(self.heads, self.neck(stages)))
         for level in coarser:
-            first = first + resize(level, first.shape[2:])
+            first = add(resize(level, first.shape[2:]), first)
         fused = self.dropout(first)
         features = {f"stage{i + 1}": stage for i, stage in enumerate(stages)}
         return Output(self.classifier(fused), (), {**features, "pre_logits": fused})
