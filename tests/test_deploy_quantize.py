@@ -94,6 +94,11 @@ def test_networks_run_on_the_int8_kernels(name):
     with torch.no_grad():
         classes, want = optimized(x), whole(x)
     assert classes.dtype == torch.uint8
+    logits = segfast.optimize(quantized, x)
+    assert logits.explain().reason == ""
+    assert logits(x).shape == (1, 19, *x.shape[2:])
+    with torch.no_grad(), int8.rounded(model, int8.ranges(model, images)):
+        assert model(x).isfinite().all()
     assert float((classes == want).float().mean()) > 0.97, "the least rounding turns a class where random weights nearly tie"
     if _backend.has_compiled("packed_int8", "CPU"):
         assert sum(line.operation == "segfast::packed_int8" for line in optimized.explain().lines) >= 5

@@ -305,13 +305,13 @@ class RoundedInput:
         self.low, self.high, self.momentum = low, high, momentum
 
     def __call__(self, module: nn.Module, args):
-        (x,) = args
+        x, *others = args  # a transposed convolution may be told its output's size
         if module.training:
             low, high = (float(v) for v in x.detach().aminmax())
             self.low += self.momentum * (min(0.0, low) - self.low)
             self.high += self.momentum * (max(0.0, high) - self.high)
         scale = max((self.high - self.low) / 255, 1e-12)
-        return (torch.fake_quantize_per_tensor_affine(x, scale, min(255, round(-self.low / scale)), 0, 255),)
+        return (torch.fake_quantize_per_tensor_affine(x, scale, min(255, round(-self.low / scale)), 0, 255), *others)
 
 
 @contextlib.contextmanager

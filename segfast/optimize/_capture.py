@@ -176,7 +176,8 @@ def capture(model: nn.Module, args: tuple, kwargs: dict, dynamic: bool) -> Captu
             warnings.simplefilter("ignore")
             program = export(model, args, kwargs, dynamic_shapes=sizes, strict=False)
             if any(_name(node.target) == "quantize_per_tensor" for node in program.graph.nodes):
-                program = export(lower_int8(program.module()), args, kwargs, dynamic_shapes=sizes, strict=False)
+                lowered = lower_int8(export(Inside(model), args, kwargs, strict=False).module())
+                program = export(lowered, args, kwargs, strict=False)
             if needs_functional_form(program.graph):
                 program = program.run_decompositions({})
     except Exception as error:
@@ -186,6 +187,17 @@ def capture(model: nn.Module, args: tuple, kwargs: dict, dynamic: bool) -> Captu
     if changed:
         raise NotCaptured(f"it changes {', '.join(changed)} at every call")
     return Capture(program, flat)
+
+
+class Inside(nn.Module):
+    """A network one level down: what torch.export makes of one with a part called `graph` cannot be worked on otherwise."""
+
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        self.network = network
+
+    def forward(self, *args, **kwargs):
+        return self.network(*args, **kwargs)
 
 
 def free_sizes(model: nn.Module, args: tuple, kwargs: dict) -> dict:
