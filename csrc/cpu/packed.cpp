@@ -1,8 +1,7 @@
 // Inference over weights packed once, channels_last, float32 or bfloat16: dense (also by Winograd's filtering), depthwise and
-// transposed (of tiles that do not overlap) convolution, the
-// depthwise-separable block and the inverted residual, each with its activations and a tensor added before the last one. Sums,
-// biases and depthwise weights are float32; in bfloat16 the maps between the convolutions of a block are, and the weights of the
-// products.
+// transposed (of tiles that do not overlap) convolution, the depthwise-separable block and the inverted residual, each with its
+// activations and a tensor added before the last one. Sums, biases and depthwise weights are float32; in bfloat16 the maps
+// between the convolutions of a block are, and the weights of the products.
 //
 // A packed weight is an opaque byte tensor: Header, then sections at multiples of 64 bytes. Panels are 32 columns wide (the last
 // may be 16) whatever the kernel set, so that what one set packed another can run. Their elements are words of 4 bytes: a float,

@@ -394,12 +394,13 @@ def sole_reader(step: Step, taken: dict[Op, Step]) -> Step | None:
 def concat(op: Op, free: Free, graph: Graph) -> Concat | None:
     if op.shape is None or len(op.shape) != 4:
         return None
-    step = Concat([op], concatenated(op) or [op.args[0]])
+    inputs = concatenated(op) if op.kind == "cat" else [op.args[0]]
+    if inputs is None:
+        return None
+    step = Concat([op], inputs)
     if op.kind == "cat":
-        if concatenated(op) is None:
-            return None
         add(step, free)
-        op = free.next(op if not step.added else step.output)
+        op = free.next(step.output)
     found = norm(op, graph)
     if found is not None and (op is step.output or op.args[0] is step.output):
         step.norm = found
@@ -419,9 +420,7 @@ def concat(op: Op, free: Free, graph: Graph) -> Concat | None:
 
 
 def concatenated(op: Op) -> list[Op] | None:
-    """What is concatenated over the channels."""
-    if op.kind != "cat":
-        return None
+    """What a cat joins over the channels."""
     tensors, dim = op.args[0], op.args[1] if len(op.args) > 1 else op.kwargs.get("dim", 0)
     if dim not in (1, -3) or op.shape is None or len(op.shape) != 4:
         return None
@@ -501,9 +500,9 @@ def shuffle(op: Op, free: Free) -> Shuffle | None:
         return Shuffle([op], [op.args[0]], op.args[1])
     covers, inputs = [], [op.args[0]]
     if op.kind == "cat":
-        if concatenated(op) is None:
-            return None
         covers, inputs = [op], concatenated(op)
+        if inputs is None:
+            return None
         following = free.next(op)
         if following is not None and following.kind in ("channel_shuffle", "native_channel_shuffle"):
             return Shuffle([op, following], inputs, following.args[1])
