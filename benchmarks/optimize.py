@@ -198,13 +198,6 @@ def text(results: dict) -> str:
         cells.append([*what, *(f"{t['median']:.1f}" if t else "–" for t in times), f"{value:.2f} ({best})", goal])
         notes += [f"- `{name}`, {peer}: {reason}" for peer, reason in result["absent"].items()]
     parts = [*head, table(["network", "size", "dtype", "to", "segfast", *PEERS, "ratio", "at least / aim"], cells), ""]
-    scaling = [(name, row, results.get(name)) for name, row in ROWS.items() if not row.against]
-    cells = []
-    for name, row, result in scaling:
-        pixels = row.batch * row.size[0] * row.size[1]
-        time = result["milliseconds"]["segfast"]["median"] if result else None
-        shown = ["not run", ""] if time is None else [f"{time:.1f}", f"{1e6 * time / pixels:.2f}"]
-        cells.append([name, f"{row.batch}", f"{row.size[0]}x{row.size[1]}", *shown])
     cells = []
     for name in ROWS:
         used = results.get(name, {}).get("megabytes")
@@ -219,6 +212,13 @@ def text(results: dict) -> str:
         "",
     ]
     parts += [table(["row", "segfast", *PEERS, "segfast over the least"], cells), ""]
+    scaling = [(name, row, results.get(name)) for name, row in ROWS.items() if not row.against]
+    cells = []
+    for name, row, result in scaling:
+        pixels = row.batch * row.size[0] * row.size[1]
+        time = result["milliseconds"]["segfast"]["median"] if result else None
+        shown = ["not run", ""] if time is None else [f"{time:.1f}", f"{1e6 * time / pixels:.2f}"]
+        cells.append([name, f"{row.batch}", f"{row.size[0]}x{row.size[1]}", *shown])
     parts += ["## Scaling", "", "Fast-SCNN, float32, to the class map.", ""]
     parts += [table(["row", "batch", "size", "milliseconds", "nanoseconds a pixel"], cells), ""]
     parts += [KERNELS, ""]
