@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import pytest
@@ -103,6 +104,7 @@ def test_tensorboard_events(tmp_path):
     config = Config(**{**TINY, "eval_every": 3})
     with pytest.raises(Killed):
         fit(config, tmp_path, progress=kill_at(5))  # the events of step 5 are purged: the run goes on from step 4
+    time.sleep(1.1)  # files are read in the order of their names: the second, then a counter in which 10 comes before 9
     fit(config, tmp_path)
     events = EventAccumulator(str(tmp_path / "events"))
     events.Reload()
