@@ -44,21 +44,34 @@ struct Counter {
 };
 
 // Kernel sets, weakest first. `isa()` is the best that the processor has unless a test forced a weaker one.
-// avx512bf16 (with AVX512-VNNI) is avx512 but for the kernels that call SEGFAST_CALL_LOW.
-enum class Isa : int { portable = 0, avx2 = 1, avx512 = 2, avx512bf16 = 3 };
+// avx512bf16 (with AVX512-VNNI) is avx512 but for the kernels that call SEGFAST_CALL_LOW, amx (of bfloat16 and bytes) is
+// avx512bf16 but for those that call SEGFAST_CALL_TILES.
+enum class Isa : int { portable = 0, avx2 = 1, avx512 = 2, avx512bf16 = 3, amx = 4 };
 Isa isa();
 
 // Calls `kernel` of the chosen set: SEGFAST_CALL(shuffle<float>)(args...). The sets are namespaces made by cpu/each_isa.h.
+#if defined(__x86_64__) && defined(__linux__) && (defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11)
+#define SEGFAST_HAS_AMX 1
+#else
+#define SEGFAST_HAS_AMX 0
+#endif
+
 #if defined(__x86_64__) && defined(__GNUC__)
 #define SEGFAST_CALL(...)                     \
   (::segfast::isa() >= ::segfast::Isa::avx512 \
        ? ::segfast::avx512::__VA_ARGS__       \
        : (::segfast::isa() == ::segfast::Isa::avx2 ? ::segfast::avx2::__VA_ARGS__ : ::segfast::portable::__VA_ARGS__))
 #define SEGFAST_CALL_LOW(...) \
-  (::segfast::isa() == ::segfast::Isa::avx512bf16 ? ::segfast::avx512bf16::__VA_ARGS__ : SEGFAST_CALL(__VA_ARGS__))
+  (::segfast::isa() >= ::segfast::Isa::avx512bf16 ? ::segfast::avx512bf16::__VA_ARGS__ : SEGFAST_CALL(__VA_ARGS__))
 #else
 #define SEGFAST_CALL(...) (::segfast::portable::__VA_ARGS__)
 #define SEGFAST_CALL_LOW(...) SEGFAST_CALL(__VA_ARGS__)
+#endif
+#if SEGFAST_HAS_AMX
+#define SEGFAST_TILES_OR(otherwise, ...) \
+  (::segfast::isa() == ::segfast::Isa::amx ? ::segfast::amx::__VA_ARGS__ : otherwise(__VA_ARGS__))
+#else
+#define SEGFAST_TILES_OR(otherwise, ...) otherwise(__VA_ARGS__)
 #endif
 
 // f(T{}) for the float dtype of a tensor.

@@ -8,6 +8,12 @@
 
 #include "common.h"
 
+#if SEGFAST_HAS_AMX
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #ifndef SEGFAST_CUDA_ARCHS
 #define SEGFAST_CUDA_ARCHS ""
 #endif
@@ -17,7 +23,20 @@ namespace py = pybind11;
 namespace segfast {
 namespace {
 
-constexpr const char* kNames[] = {"portable", "avx2", "avx512", "avx512bf16"};
+constexpr const char* kNames[] = {"portable", "avx2", "avx512", "avx512bf16", "amx"};
+
+// Tiles of bfloat16 and bytes, which the system lets a process use that asks for it.
+bool has_amx() {
+#if SEGFAST_HAS_AMX
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+  const bool tiles = (d >> 24 & 1) != 0, bfloat16 = (d >> 22 & 1) != 0, bytes = (d >> 25 & 1) != 0;
+  return tiles && bfloat16 && bytes && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
 
 Isa detect() {
 #if defined(__x86_64__) && defined(__GNUC__)
@@ -25,7 +44,8 @@ Isa detect() {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512vl")) {
-    return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni") ? Isa::avx512bf16 : Isa::avx512;
+    if (!__builtin_cpu_supports("avx512bf16") || !__builtin_cpu_supports("avx512vnni")) return Isa::avx512;
+    return has_amx() ? Isa::amx : Isa::avx512bf16;
   }
   if (avx2) return Isa::avx2;
 #endif
@@ -69,6 +89,7 @@ py::dict cpu_features() {
   SEGFAST_FEATURE("avx512bf16");
   SEGFAST_FEATURE("avx512vnni");
 #undef SEGFAST_FEATURE
+  features["amx"] = best == Isa::amx;
 #endif
   std::vector<std::string> sets;
   for (int i = 0; i <= static_cast<int>(best); ++i) sets.emplace_back(kNames[i]);

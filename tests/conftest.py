@@ -57,11 +57,11 @@ def extra(package: str):
 def kernel_sets() -> list[str]:
     """The kernel sets that this processor can run; "reference" where nothing is compiled or the reference was asked for.
 
-    "avx512bf16" differs from "avx512" in the packed kernels alone, whose tests add it.
+    "avx512bf16" and "amx" differ from "avx512" in the packed kernels alone, whose tests add them.
     """
     if _backend._C is None or _backend.requested == "reference":
         return ["reference"]
-    return [name for name in _backend._C.cpu_features()["kernel_sets"] if name != "avx512bf16"]
+    return [name for name in _backend._C.cpu_features()["kernel_sets"] if name not in ("avx512bf16", "amx")]
 
 
 @pytest.fixture(autouse=True)

@@ -161,6 +161,30 @@ def test_pixel_wise_and_kd(name, weight, temperature):
     close(terms[name], weight * temperature**2 * kl)
 
 
+def test_class_weights_of_pixel_wise():
+    student, teacher = networks(strides=(1, 1))
+    images, target = batch()
+    factors = [0.5 + c for c in range(CLASSES)]
+    s, t = outputs(student, teacher, images)
+    t_logits = F.avg_pool2d(t.logits, 4)
+    valid = written_valid(target, s.logits.shape[2:])
+    log_s, log_t = s.logits.log_softmax(1), t_logits.log_softmax(1)
+    weight = sum(f * p for f, p in zip(factors, log_t.exp().unbind(1)))[valid]
+    expected = ((log_t.exp() * (log_t - log_s)).sum(1)[valid] * weight).sum() / weight.sum()
+    method = distill.create_method("pixel-wise", student, teacher, pixel_wise={"class_weights": factors})
+    close(method(images, target)[1]["pixel-wise"], 10 * expected)
+    assert method(images, torch.full_like(target, 255))[1]["pixel-wise"] == 0
+    assert not method.state_dict()["parts"]
+    for wrong, preset, said in (
+        ([1.0] * (CLASSES - 1), "paper", f"want {CLASSES} class_weights, got {CLASSES - 1}"),
+        ([0.0] * CLASSES, "paper", "want class_weights > 0 and finite"),
+        (factors, "official", 'with preset="paper" alone'),
+    ):
+        with pytest.raises(ValueError, match=said):
+            options = {"pixel_wise": {"class_weights": wrong}}
+            distill.create_method("pixel-wise", student, teacher, preset=preset, **options)(images, target)
+
+
 def test_channel_wise():
     student, teacher = networks()
     images, target = batch()

@@ -112,7 +112,7 @@ def test_build_info():
 def test_kernel_sets():
     features = _backend._C.cpu_features()
     sets = features["kernel_sets"]
-    assert sets == ["portable", "avx2", "avx512", "avx512bf16"][: len(sets)]
+    assert sets == ["portable", "avx2", "avx512", "avx512bf16", "amx"][: len(sets)]
     x = torch.randn(2, 12, 5, 7).contiguous(memory_format=torch.channels_last)
     want = ops.channel_shuffle(x, 3)
     try:

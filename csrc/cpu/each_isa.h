@@ -9,7 +9,8 @@
 //   #endif
 //
 // With SEGFAST_LOW defined before, a fourth time for the processors with dot products of bfloat16 and int8, whose macro
-// SEGFAST_DOT is then 1; its launchers call SEGFAST_CALL_LOW.
+// SEGFAST_DOT is then 1; its launchers call SEGFAST_CALL_LOW. With SEGFAST_TILES defined before, once more for those with matrix
+// tiles, whose macro SEGFAST_AMX is then 1; SEGFAST_TILES_OR calls them.
 //
 // Kernels call nothing from the standard library's templates: such an instantiation would be shared between the sets.
 #ifndef SEGFAST_KERNELS
@@ -22,6 +23,7 @@
 
 #define SEGFAST_KERNELS
 #define SEGFAST_DOT 0
+#define SEGFAST_AMX 0
 #define SEGFAST_ISA portable
 #define SEGFAST_BYTES 16
 #include "vec.h"
@@ -84,7 +86,34 @@
 #pragma GCC pop_options
 #endif
 #endif
+#if defined(SEGFAST_TILES) && SEGFAST_HAS_AMX
+#ifdef __clang__
+#pragma clang attribute push(                                                                                          \
+    __attribute__((                                                                                                    \
+        target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx512vnni,amx-tile,amx-bf16,amx-int8"))), \
+    apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx512vnni,amx-tile,amx-bf16,amx-int8")
+#endif
+#define SEGFAST_ISA amx
+#define SEGFAST_BYTES 64
+#undef SEGFAST_DOT
+#undef SEGFAST_AMX
+#define SEGFAST_DOT 1
+#define SEGFAST_AMX 1
+#include "vec.h"
+#include SEGFAST_FILE
+#undef SEGFAST_ISA
+#undef SEGFAST_BYTES
+#ifdef __clang__
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#endif
 #endif
 #undef SEGFAST_DOT
+#undef SEGFAST_AMX
 #undef SEGFAST_KERNELS
 #endif

@@ -11,6 +11,7 @@
 // of threads.
 #define SEGFAST_FILE "packed.cpp"
 #define SEGFAST_LOW
+#define SEGFAST_TILES
 #include "each_isa.h"
 #include "fused_conv.h"
 #include "product.h"
@@ -24,7 +25,9 @@ template <class T>
 struct PackedArgs {
   Geometry g;
   int64_t ci, cp, kp;   // cp, kp: c and k padded
+  int64_t lda;          // elements a row of the map between depthwise and pointwise
   int64_t strip, tile;  // output columns a strip, pixels a tile
+  bool deep;            // rows of products are filled up with zeros to deep_words
   const T *x, *add;     // add may be null
   T* y;
   bool planar;  // x is contiguous, N C H W: the dense convolution takes an image, and pixels of no whole number of words, so
@@ -95,18 +98,19 @@ SEGFAST_INLINE void with_middle(T* to, int64_t ld, int64_t cols, const float* sh
   f(Out<T, false, false>{to, ld, cols, shift, act, low, high, nullptr});
 }
 
-// Depthwise convolution and pointwise product over tiles of output pixels [begin, end); `buffer` is zero before.
+// Depthwise convolution and pointwise product over tiles of output pixels [begin, end); `buffer` [tile][lda] is zero before.
 template <class T>
 void separable_tiles(const PackedArgs<T>& o, int64_t begin, int64_t end, T* buffer) {
+  const Tiles tiles;
   for (int64_t t0 = begin; t0 < end; t0 += o.tile) {
     const int64_t t1 = t0 + o.tile < end ? t0 + o.tile : end;
-    with_middle(buffer, o.cp, o.g.c, o.dw_shift, o.dw_act, [&](const auto& middle) {
+    with_middle(buffer, o.lda, o.g.c, o.dw_shift, o.dw_act, [&](const auto& middle) {
       each_row(o.g, t0, t1, [&](int64_t n, int64_t oy, int64_t ox0, int64_t ox1, int64_t offset) {
         depthwise_row(o.g, o.x, o.dw, o.cp, n, oy, ox0, ox1, offset, middle);
       });
     });
     with_put(o.y, o.add, t0, o.g.k, o.pw_shift, o.act,
-             [&](const auto& put) { plain_product(t1 - t0, o.g.c, buffer, o.cp, o.pw, o.kp, put); });
+             [&](const auto& put) { plain_product(t1 - t0, o.g.c, buffer, o.lda, o.pw, o.kp, o.deep, put); });
   }
 }
 
@@ -120,13 +124,26 @@ void depthwise_rows(const PackedArgs<T>& o, int64_t begin, int64_t end) {
   }
 }
 
-// A dense 1 x 1 convolution without stride and padding, of whole words: pixels [begin, end).
+// Rows of c elements to rows of lda; what is behind them stays.
 template <class T>
-void pointwise_tiles(const PackedArgs<T>& o, int64_t begin, int64_t end) {
+SEGFAST_INLINE void spread_rows(int64_t rows, int64_t c, const T* from, T* to, int64_t lda) {
+  for (int64_t i = 0; i < rows; ++i) memcpy(to + i * lda, from + i * c, c * sizeof(T));
+}
+
+// A dense 1 x 1 convolution without stride and padding, of whole words: pixels [begin, end). `buffer` [tile][lda], zero before,
+// takes rows that are to be filled up; else it is empty.
+template <class T>
+void pointwise_tiles(const PackedArgs<T>& o, int64_t begin, int64_t end, T* buffer) {
+  const Tiles tiles;
   for (int64_t t0 = begin; t0 < end; t0 += o.tile) {
     const int64_t t1 = t0 + o.tile < end ? t0 + o.tile : end;
+    const T* from = o.x + t0 * o.g.c;
+    if (o.lda != o.g.c) {
+      spread_rows(t1 - t0, o.g.c, from, buffer, o.lda);
+      from = buffer;
+    }
     with_put(o.y, o.add, t0, o.g.k, o.pw_shift, o.act,
-             [&](const auto& put) { plain_product(t1 - t0, o.g.c, o.x + t0 * o.g.c, o.g.c, o.pw, o.kp, put); });
+             [&](const auto& put) { plain_product(t1 - t0, o.g.c, from, o.lda, o.pw, o.kp, o.deep, put); });
   }
 }
 
@@ -134,12 +151,14 @@ void pointwise_tiles(const PackedArgs<T>& o, int64_t begin, int64_t end) {
 // one row of the kernel are one product, whose columns count (kx, k).
 template <class T>
 void transposed_rows(const PackedArgs<T>& o, int64_t begin, int64_t end) {
+  const Tiles tiles;
   const Geometry& g = o.g;
-  const int64_t columns = g.kw * g.k, lda = words<T>(g.c) * kPerWord<T>, panels = o.kp * words<T>(g.c);
+  const int64_t columns = g.kw * g.k, lda = words<T>(g.c) * kPerWord<T>, panels = o.kp * deep_words<T>(g.c);
+  const bool deep = o.deep && deep_words<T>(g.c) == words<T>(g.c);
   for (int64_t r = begin; r < end; ++r) {
     const T* x = o.x + r / g.kh * g.w * g.c;
     with_put(o.y, o.add, r * g.w, columns, o.pw_shift, o.act,
-             [&](const auto& put) { plain_product(g.w, g.c, x, lda, o.pw + r % g.kh * panels, o.kp, put); });
+             [&](const auto& put) { plain_product(g.w, g.c, x, lda, o.pw + r % g.kh * panels, o.kp, deep, put); });
   }
 }
 
@@ -192,6 +211,7 @@ SEGFAST_INLINE void even_row(const PackedArgs<T>& o, int64_t n, int64_t y, T* to
 // under the kernel are kept in a ring, as in inverted_rows, between as many zero pixels as the kernel reaches out.
 template <class T>
 void odd_rows(const PackedArgs<T>& o, int64_t begin, int64_t end, T* ring) {
+  const Tiles tiles;
   const Geometry& g = o.g;
   const int64_t even = words<T>(g.c) * kPerWord<T>, slots = g.dh * (g.kh - 1) + 1, slot = (g.w + 2 * g.pw) * even;
   for (int64_t i = 0; i < slots * slot; ++i) ring[i] = T(0);
@@ -216,7 +236,8 @@ void odd_rows(const PackedArgs<T>& o, int64_t begin, int64_t end, T* ring) {
     for (int64_t ox = 0; ox < g.ow; ox += o.tile) {
       const int64_t stop = ox + o.tile < g.ow ? ox + o.tile : g.ow;
       with_put(o.y, o.add, r * g.ow + ox, g.k, o.pw_shift, o.act, [&](const auto& put) {
-        runs_product(stop - ox, runs, ring + ox * g.sw * even, g.sw * even, o.pw, g.kh * g.kw * words<T>(g.c), o.kp, put);
+        runs_product(stop - ox, runs, ring + ox * g.sw * even, g.sw * even, o.pw, g.kh * g.kw * tap_words<T>(g.c, g.kh * g.kw),
+                     o.kp, put);
       });
     }
   }
@@ -226,12 +247,15 @@ void odd_rows(const PackedArgs<T>& o, int64_t begin, int64_t end, T* ring) {
 // inside, its values are read where they are, else (the ends of a row) from a copy `patch` [kh * kw * c] with zeros outside.
 template <class T>
 void dense_rows(const PackedArgs<T>& o, int64_t begin, int64_t end, T* patch) {
+  const Tiles tiles;
   const Geometry& g = o.g;
-  const int64_t line = g.w * g.c, total = g.kh * g.kw * g.c;
+  const int64_t line = g.w * g.c, total = g.kh * g.kw * g.c, rows = g.kh * g.kw * tap_words<T>(g.c, g.kh * g.kw);
   const int64_t reach = (g.kw - 1) * g.dw;
   int64_t first = (g.pw + g.sw - 1) / g.sw, last = g.w - 1 - reach + g.pw < 0 ? 0 : (g.w - 1 - reach + g.pw) / g.sw + 1;
   first = first < g.ow ? first : g.ow;
   last = last < first ? first : (last < g.ow ? last : g.ow);
+  const int64_t zero = 0;
+  const Runs all{1, words<T>(total), &zero, &zero};
   int64_t from[64], panel[64];
   for (int64_t r = begin; r < end; ++r) {
     const int64_t n = r / g.oh, iy = r % g.oh * g.sh - g.ph;
@@ -249,7 +273,7 @@ void dense_rows(const PackedArgs<T>& o, int64_t begin, int64_t end, T* patch) {
     const Runs runs{parts, words<T>(wide * g.c), from, panel};
     const auto pixels = [&](int64_t ox0, int64_t ox1) {
       with_put(o.y, o.add, r * g.ow + ox0, g.k, o.pw_shift, o.act, [&](const auto& put) {
-        runs_product(ox1 - ox0, runs, image + (ox0 * g.sw - g.pw) * g.c, g.sw * g.c, o.pw, words<T>(total), o.kp, put);
+        runs_product(ox1 - ox0, runs, image + (ox0 * g.sw - g.pw) * g.c, g.sw * g.c, o.pw, rows, o.kp, put);
       });
     };
     for (int64_t ox = first; ox < last; ox += o.tile) pixels(ox, ox + o.tile < last ? ox + o.tile : last);
@@ -258,21 +282,22 @@ void dense_rows(const PackedArgs<T>& o, int64_t begin, int64_t end, T* patch) {
       if (ox >= g.ow) break;
       gather(g, image, iy, ox, patch);
       with_put(o.y, o.add, r * g.ow + ox, g.k, o.pw_shift, o.act,
-               [&](const auto& put) { plain_product(1, total, patch, total, o.pw, o.kp, put); });
+               [&](const auto& put) { runs_product(1, all, patch, total, o.pw, rows, o.kp, put); });
     }
   }
 }
 
 // Inverted residuals: output rows of column strips, [begin, end) of N * strips * OH. Going down a strip, the expanded rows under
 // the kernel are kept in a ring (row iy in slot iy % (dh * (kh - 1) + 1)) with columns of zeros where the strip leaves the image:
-// each expanded value is computed once, but for the columns that two strips share and the first rows of a range. `line` takes a
-// row of x whose pixels are no whole number of words.
+// each expanded value is computed once, but for the columns that two strips share and the first rows of a range. `line`, zero
+// before, takes a row of x whose pixels are to be filled up.
 template <class T>
 void inverted_rows(const PackedArgs<T>& o, int64_t begin, int64_t end, T* ring, T* middle, T* line) {
+  const Tiles tiles;
   const Geometry& g = o.g;
   const int64_t strips = (g.ow + o.strip - 1) / o.strip, slots = g.dh * (g.kh - 1) + 1;
   const int64_t slot = ((o.strip - 1) * g.sw + g.dw * (g.kw - 1) + 1) * o.cp;
-  const int64_t lda = words<T>(o.ci) * kPerWord<T>;
+  const int64_t lda = (o.deep ? deep_words<T>(o.ci) : words<T>(o.ci)) * kPerWord<T>;
   for (int64_t r = begin; r < end;) {
     const int64_t oy0 = r % g.oh, n = r / g.oh / strips, ox0 = r / g.oh % strips * o.strip;
     const int64_t oy1 = oy0 + (end - r) < g.oh ? oy0 + (end - r) : g.oh;
@@ -294,24 +319,21 @@ void inverted_rows(const PackedArgs<T>& o, int64_t begin, int64_t end, T* ring, 
       for (; next < bottom; ++next) {
         const T* from = o.x + ((n * g.h + next) * g.w + x0) * o.ci;
         if (lda != o.ci) {
-          for (int64_t i = 0; i < x1 - x0; ++i) {
-            for (int64_t c = 0; c < o.ci; ++c) line[i * lda + c] = from[i * o.ci + c];
-            line[i * lda + o.ci] = T(0);
-          }
+          spread_rows(x1 - x0, o.ci, from, line, lda);
           from = line;
         }
         with_middle(ring + next % slots * slot + (x0 - left) * o.cp, o.cp, o.cp, o.expand_shift, o.expand_act,
-                    [&](const auto& put) { plain_product(x1 - x0, o.ci, from, lda, o.expand, o.cp, put); });
+                    [&](const auto& put) { plain_product(x1 - x0, o.ci, from, lda, o.expand, o.cp, o.deep, put); });
       }
       const T* rows[64];
       for (int64_t ky = 0; ky < g.kh; ++ky) {
         const int64_t y = iy + ky * g.dh;
         rows[ky] = y >= 0 && y < g.h ? ring + y % slots * slot : nullptr;
       }
-      with_middle(middle, o.cp, o.cp, o.dw_shift, o.dw_act,
+      with_middle(middle, o.lda, o.cp, o.dw_shift, o.dw_act,
                   [&](const auto& put) { depthwise_inside(g, rows, o.dw, o.cp, count, put); });
       with_put(o.y, o.add, (n * g.oh + oy) * g.ow + ox0, g.k, o.pw_shift, o.act,
-               [&](const auto& put) { plain_product(count, g.c, middle, o.cp, o.pw, o.kp, put); });
+               [&](const auto& put) { plain_product(count, g.c, middle, o.lda, o.pw, o.kp, o.deep, put); });
     }
   }
 }
@@ -337,14 +359,21 @@ struct Header {
 };
 
 // The kernels of a dtype: those of bfloat16 have a kernel set more.
-#define SEGFAST_PACKED_CALL(T, kernel, ...)            \
-  do {                                                 \
-    if constexpr (std::is_same_v<T, BFloat16>) {       \
-      SEGFAST_CALL_LOW(kernel<BFloat16>)(__VA_ARGS__); \
-    } else {                                           \
-      SEGFAST_CALL(kernel<float>)(__VA_ARGS__);        \
-    }                                                  \
+#define SEGFAST_PACKED_CALL(T, kernel, ...)                              \
+  do {                                                                   \
+    if constexpr (std::is_same_v<T, BFloat16>) {                         \
+      SEGFAST_TILES_OR(SEGFAST_CALL_LOW, kernel<BFloat16>)(__VA_ARGS__); \
+    } else {                                                             \
+      SEGFAST_CALL(kernel<float>)(__VA_ARGS__);                          \
+    }                                                                    \
   } while (false)
+
+// Pixels a tile of a product, whole blocks of matrix tiles where there are any.
+template <class T>
+int64_t product_pixels(int64_t bytes_a_pixel, int64_t bytes, int64_t most) {
+  const int64_t pixels = tile_pixels(bytes_a_pixel, bytes, most);
+  return std::is_same_v<T, BFloat16> && isa() == Isa::amx ? std::max<int64_t>(pixels / 32 * 32, 32) : pixels;
+}
 
 bool is_bfloat16(const char* op, std::optional<ScalarType> dtype) {
   STD_TORCH_CHECK(!dtype || *dtype == ScalarType::Float || *dtype == ScalarType::BFloat16, op, ": want float32 or bfloat16");
@@ -424,11 +453,12 @@ class Packer {
 
  private:
   int64_t a_tap(int64_t c) const { return h_.bfloat16 ? words<BFloat16>(c) : c; }
-  int64_t panel_words(int64_t k, int64_t c, int64_t taps) const { return padded(k) * a_tap(c) * taps; }
+  int64_t a_panel(int64_t c, int64_t taps) const { return h_.bfloat16 && taps == 1 ? deep_words<BFloat16>(c) : a_tap(c) * taps; }
+  int64_t panel_words(int64_t k, int64_t c, int64_t taps) const { return padded(k) * a_panel(c, taps); }
   // value(column, channel, tap)
   template <class F>
   void fill(float* to, int64_t k, int64_t c, int64_t taps, F value) {
-    const int64_t kp = padded(k), total = a_tap(c) * taps;
+    const int64_t kp = padded(k), total = a_panel(c, taps);
     for (int64_t j = 0; j < k; ++j) {
       const int64_t col0 = j / 32 * 32, width = std::min<int64_t>(32, kp - col0);
       for (int64_t t = 0; t < taps; ++t) {
@@ -581,7 +611,8 @@ struct Call {
       STD_TORCH_CHECK(room_h >= 0 && room_w >= 0, op, ": want a kernel that fits the padded input");
       g.oh = room_h / g.sh + 1, g.ow = room_w / g.sw + 1;
     }
-    o.ci = h.ci, o.cp = padded(g.c), o.kp = padded(kind == kTransposed ? g.k * g.kw : g.k);
+    o.deep = dtype == ScalarType::BFloat16 && isa() == Isa::amx;
+    o.ci = h.ci, o.cp = o.lda = padded(g.c), o.kp = padded(kind == kTransposed ? g.k * g.kw : g.k);
     const auto at = [&](int64_t offset) { return reinterpret_cast<const float*>(bytes + offset); };
     o.expand = at(h.expand), o.expand_shift = at(h.expand_shift), o.dw = at(h.dw), o.dw_shift = at(h.dw_shift);
     o.pw = at(h.pw), o.pw_shift = at(h.pw_shift);
@@ -606,14 +637,16 @@ Tensor packed_conv(const Tensor& x, const Tensor& packed, Ints stride, Ints padd
   STD_TORCH_CHECK(call.kind == kDense || call.kind == kDepthwise, "packed_conv: want weights from pack_conv");
   PackedArgs<T>& o = call.o;
   const Geometry& g = o.g;
-  o.act = act, o.tile = tile_pixels(g.c * sizeof(T), 65536, 192);
+  o.act = act, o.tile = product_pixels<T>(g.c * sizeof(T), 65536, 192);
   if (call.y.numel() == 0) return call.y;
   if (call.kind == kDepthwise) {
     parallel_for(0, g.n * g.oh, 1, [&](int64_t begin, int64_t end) { SEGFAST_PACKED_CALL(T, depthwise_rows, o, begin, end); });
   } else if (g.c % kPerWord<T> == 0 && !o.planar && g.kh * g.kw == 1 && g.sh == 1 && g.sw == 1 && g.ph == 0 && g.pw == 0) {
     const int64_t pixels = g.pixels(), tiles = (pixels + o.tile - 1) / o.tile;
+    o.lda = o.deep ? deep_words<T>(g.c) * kPerWord<T> : g.c;
     parallel_for(0, tiles, 1, [&](int64_t begin, int64_t end) {
-      SEGFAST_PACKED_CALL(T, pointwise_tiles, o, begin * o.tile, std::min(end * o.tile, pixels));
+      const Buffer<T> buffer(o.lda == g.c ? 0 : o.tile * o.lda);
+      SEGFAST_PACKED_CALL(T, pointwise_tiles, o, begin * o.tile, std::min(end * o.tile, pixels), buffer.p);
     });
   } else {
     const bool whole = g.c % kPerWord<T> == 0 && !o.planar;
@@ -667,11 +700,12 @@ Tensor packed_ds_conv(const Tensor& x, const Tensor& packed, Ints stride, Ints p
   Call<T> call("packed_ds_conv", x, packed, stride, padding, dilation, {dw_act, act}, add);
   STD_TORCH_CHECK(call.kind == kSeparable, "packed_ds_conv: want weights from pack_ds_conv");
   PackedArgs<T>& o = call.o;
-  o.dw_act = dw_act, o.act = act, o.tile = tile_pixels(o.cp * sizeof(T));
+  if (o.deep) o.lda = deep_words<T>(o.g.c) * kPerWord<T>;
+  o.dw_act = dw_act, o.act = act, o.tile = product_pixels<T>(o.cp * sizeof(T), 49152, 96);
   if (call.y.numel() == 0) return call.y;
   const int64_t pixels = o.g.pixels(), tiles = (pixels + o.tile - 1) / o.tile;
   parallel_for(0, tiles, 1, [&](int64_t begin, int64_t end) {
-    const Buffer<T> buffer(o.tile * o.cp, o.g.c % kPerWord<T> != 0);
+    const Buffer<T> buffer(o.tile * o.lda, o.deep || o.g.c % kPerWord<T> != 0);
     SEGFAST_PACKED_CALL(T, separable_tiles, o, begin * o.tile, std::min(end * o.tile, pixels), buffer.p);
   });
   return call.y;
@@ -691,9 +725,10 @@ Tensor packed_inverted_residual(const Tensor& x, const Tensor& packed, Ints stri
   const int64_t strips = (g.ow + std::max<int64_t>(fits, 12) - 1) / std::max<int64_t>(fits, 12);
   o.strip = (g.ow + strips - 1) / strips;
   const int64_t columns = (o.strip - 1) * g.sw + g.dw * (g.kw - 1) + 1;
-  const int64_t odd = o.ci % kPerWord<T> == 0 ? 0 : columns * (o.ci + 1);
+  const int64_t ci = (o.deep ? deep_words<T>(o.ci) : words<T>(o.ci)) * kPerWord<T>, spread = ci == o.ci ? 0 : columns * ci;
+  if (o.deep) o.lda = deep_words<T>(g.c) * kPerWord<T>;
   parallel_for(0, g.n * ((g.ow + o.strip - 1) / o.strip) * g.oh, 1, [&](int64_t begin, int64_t end) {
-    const Buffer<T> ring(slots * columns * o.cp, false), middle(o.strip * o.cp, false), line(odd, false);
+    const Buffer<T> ring(slots * columns * o.cp, false), middle(o.strip * o.lda, o.deep), line(spread);
     SEGFAST_PACKED_CALL(T, inverted_rows, o, begin, end, ring.p, middle.p, line.p);
   });
   return call.y;

@@ -9,6 +9,7 @@
 // at most 64 products of 8 bits are exact.
 #define SEGFAST_FILE "packed_int8.cpp"
 #define SEGFAST_LOW
+#define SEGFAST_TILES
 #include "each_isa.h"
 #include "fused_conv.h"
 #include "product.h"
@@ -30,6 +31,7 @@ struct Int8Args {
   Geometry g;
   int64_t ci, cp, kp;   // of what comes in, of the depthwise convolution (padded), of the result (padded)
   int64_t strip, tile;  // output columns a strip, pixels a tile
+  bool deep;            // rows of products are read up to deep_words, at zero weights
   int64_t add_zero;
   float add_scale;
   const uint8_t *x, *add;  // add may be null
@@ -106,10 +108,13 @@ SEGFAST_INLINE void with_bytes(const Int8Args& o, int64_t offset, F f) {
 // A 1 x 1 convolution without stride and padding, of whole words: pixels [begin, end).
 template <class T>
 void pointwise_bytes(const Int8Args& o, int64_t begin, int64_t end) {
+  const Tiles tiles;
   for (int64_t t0 = begin; t0 < end; t0 += o.tile) {
     const int64_t t1 = t0 + o.tile < end ? t0 + o.tile : end;
-    with_bytes(o, t0,
-               [&](const auto& put) { plain_product<T>(t1 - t0, o.g.c, o.x + t0 * o.g.c, o.g.c, o.last.weight, o.kp, put); });
+    const bool deep = o.deep && (t1 - 1) * o.g.c + deep_words<T>(o.g.c) * 4 <= o.g.pixels() * o.g.c;
+    with_bytes(o, t0, [&](const auto& put) {
+      plain_product<T>(t1 - t0, o.g.c, o.x + t0 * o.g.c, o.g.c, o.last.weight, o.kp, deep, put);
+    });
   }
 }
 
@@ -134,7 +139,9 @@ SEGFAST_INLINE void copy_pixels(const uint8_t* from, int64_t count, int64_t c, i
 // pixel with its words whole; one row more in it is nothing but padding. With `Depthwise` the pixels are of cp bytes.
 template <class T, bool Depthwise>
 void conv_bytes(const Int8Args& o, int64_t begin, int64_t end, T* ring) {
+  const Tiles tiles;
   const Geometry& g = o.g;
+  [[maybe_unused]] const int64_t a_tap = tap_words<T>(g.c, g.kh * g.kw);
   const int64_t lda = Depthwise ? o.cp : words<T>(g.c) * 4, slots = g.dh * (g.kh - 1) + 1, slot = (g.w + 2 * g.pw) * lda;
   memset(ring, static_cast<int>(o.last.x_zero), static_cast<size_t>((slots + 1) * slot));
   int64_t from[64], panel[64];
@@ -160,15 +167,14 @@ void conv_bytes(const Int8Args& o, int64_t begin, int64_t end, T* ring) {
       for (int64_t ky = 0; ky < g.kh; ++ky) {
         for (int64_t kx = 0; kx < g.kw; kx += wide) {
           from[parts] = row_of(ky) + kx * g.dw * lda;
-          panel[parts++] = (ky * g.kw + kx) * words<T>(g.c);
+          panel[parts++] = (ky * g.kw + kx) * a_tap;
         }
       }
       const Runs runs{parts, wide * words<T>(g.c), from, panel};
       for (int64_t ox = 0; ox < g.ow; ox += o.tile) {
         const int64_t stop = ox + o.tile < g.ow ? ox + o.tile : g.ow;
         with_bytes(o, r * g.ow + ox, [&](const auto& put) {
-          runs_product(stop - ox, runs, ring + ox * g.sw * lda, g.sw * lda, o.last.weight, g.kh * g.kw * words<T>(g.c), o.kp,
-                       put);
+          runs_product(stop - ox, runs, ring + ox * g.sw * lda, g.sw * lda, o.last.weight, g.kh * g.kw * a_tap, o.kp, put);
         });
       }
     }
@@ -179,9 +185,11 @@ void conv_bytes(const Int8Args& o, int64_t begin, int64_t end, T* ring) {
 // a strip, the (expanded) rows under the kernel are kept in a ring, padded left and right; one row more is nothing but padding.
 template <class T, bool Expand>
 void block_bytes(const Int8Args& o, int64_t begin, int64_t end, T* ring, T* middle, T* line) {
+  const Tiles tiles;
   const Geometry& g = o.g;
   const int64_t strips = (g.ow + o.strip - 1) / o.strip, slots = g.dh * (g.kh - 1) + 1;
-  const int64_t slot = ((o.strip - 1) * g.sw + g.dw * (g.kw - 1) + 1) * o.cp, lda = words<T>(o.ci) * 4;
+  const int64_t slot = ((o.strip - 1) * g.sw + g.dw * (g.kw - 1) + 1) * o.cp;
+  const int64_t lda = (o.deep ? deep_words<T>(o.ci) : words<T>(o.ci)) * 4;
   const int padding = static_cast<int>(o.dw.x_zero);
   for (int64_t r = begin; r < end;) {
     const int64_t oy0 = r % g.oh, n = r / g.oh / strips, ox0 = r / g.oh % strips * o.strip;
@@ -205,7 +213,7 @@ void block_bytes(const Int8Args& o, int64_t begin, int64_t end, T* ring, T* midd
             copy_pixels(from, x1 - x0, o.ci, lda, line);
             from = line;
           }
-          plain_product<T>(x1 - x0, o.ci, from, lda, o.expand.weight, o.cp, middle_bytes(o.expand, to, o.cp));
+          plain_product<T>(x1 - x0, o.ci, from, lda, o.expand.weight, o.cp, o.deep, middle_bytes(o.expand, to, o.cp));
         } else {
           copy_pixels(from, x1 - x0, o.ci, o.cp, to);
         }
@@ -217,7 +225,7 @@ void block_bytes(const Int8Args& o, int64_t begin, int64_t end, T* ring, T* midd
       }
       depthwise_inside(g, rows, o.dw.weight, o.cp, count, middle_bytes(o.dw, middle, o.cp));
       with_bytes(o, (n * g.oh + oy) * g.ow + ox0,
-                 [&](const auto& put) { plain_product<T>(count, g.c, middle, o.cp, o.last.weight, o.kp, put); });
+                 [&](const auto& put) { plain_product<T>(count, g.c, middle, o.cp, o.last.weight, o.kp, o.deep, put); });
     }
   }
 }
@@ -252,7 +260,8 @@ class Packer {
   void stage(StageHeader Header::* where, bool depthwise, const Tensor& weight, const Tensor& scale, const Tensor& bias,
              int64_t act, double x_scale, int64_t x_zero, double y_scale, int64_t y_zero) {
     const Tensor w = torch::stable::contiguous(weight), s = torch::stable::contiguous(scale), b = torch::stable::contiguous(bias);
-    const int64_t k = w.size(0), c = w.size(1), taps = w.size(2) * w.size(3), kp = padded(k), a_tap = words<uint8_t>(c);
+    const int64_t k = w.size(0), c = w.size(1), taps = w.size(2) * w.size(3), kp = padded(k);
+    const int64_t a_tap = tap_words<uint8_t>(c, taps);
     const auto* values = data<int8_t>(w);
     StageHeader& stage = h_.*where;
     stage.x_zero = x_zero, stage.y_zero = y_zero;
@@ -416,14 +425,14 @@ Tensor packed_int8_cpu(const Tensor& input, const Tensor& packed, Ints shape, In
     add = contiguous_as(*more, true);
     o.add = data<uint8_t>(*add), o.add_zero = add_zero, o.add_scale = static_cast<float>(add_scale / h.y_scale);
   }
-  o.x = data<uint8_t>(x), o.y = data<uint8_t>(y);
+  o.x = data<uint8_t>(x), o.y = data<uint8_t>(y), o.deep = isa() == Isa::amx;
   if (y.numel() == 0) return y;
   const int64_t slots = g.dh * (g.kh - 1) + 1;
   if (h.kind == kDense && g.c % 4 == 0 && g.kh * g.kw == 1 && g.sh == 1 && g.sw == 1 && g.ph == 0 && g.pw == 0) {
     o.tile = tile_pixels(g.c, 24576, 192);
     const int64_t pixels = g.pixels(), tiles = (pixels + o.tile - 1) / o.tile;
     parallel_for(0, tiles, 1, [&](int64_t begin, int64_t end) {
-      SEGFAST_CALL_LOW(pointwise_bytes<uint8_t>)(o, begin * o.tile, std::min(end * o.tile, pixels));
+      SEGFAST_TILES_OR(SEGFAST_CALL_LOW, pointwise_bytes<uint8_t>)(o, begin * o.tile, std::min(end * o.tile, pixels));
     });
     return y;
   }
@@ -434,9 +443,9 @@ Tensor packed_int8_cpu(const Tensor& input, const Tensor& packed, Ints shape, In
     parallel_for(0, g.n * g.oh, 1, [&](int64_t begin, int64_t end) {
       const Buffer<uint8_t> ring((slots + 1) * (g.w + 2 * g.pw) * lda + 64, false);
       if (dense) {
-        SEGFAST_CALL_LOW(conv_bytes<uint8_t, false>)(o, begin, end, ring.p);
+        SEGFAST_TILES_OR(SEGFAST_CALL_LOW, conv_bytes<uint8_t, false>)(o, begin, end, ring.p);
       } else {
-        SEGFAST_CALL_LOW(conv_bytes<uint8_t, true>)(o, begin, end, ring.p);
+        SEGFAST_TILES_OR(SEGFAST_CALL_LOW, conv_bytes<uint8_t, true>)(o, begin, end, ring.p);
       }
     });
     return y;
@@ -446,11 +455,11 @@ Tensor packed_int8_cpu(const Tensor& input, const Tensor& packed, Ints shape, In
   const int64_t columns = (o.strip - 1) * g.sw + g.dw * (g.kw - 1) + 1;
   parallel_for(0, g.n * ((g.ow + o.strip - 1) / o.strip) * g.oh, 1, [&](int64_t begin, int64_t end) {
     const Buffer<uint8_t> ring((slots + 1) * columns * o.cp + 64, false), middle(o.strip * o.cp + 64, false),
-        line(columns * words<uint8_t>(o.ci) * 4 + 64, true);
+        line(columns * deep_words<uint8_t>(o.ci) * 4 + 64, true);
     if (h.kind == kInverted) {
-      SEGFAST_CALL_LOW(block_bytes<uint8_t, true>)(o, begin, end, ring.p, middle.p, line.p);
+      SEGFAST_TILES_OR(SEGFAST_CALL_LOW, block_bytes<uint8_t, true>)(o, begin, end, ring.p, middle.p, line.p);
     } else {
-      SEGFAST_CALL_LOW(block_bytes<uint8_t, false>)(o, begin, end, ring.p, middle.p, line.p);
+      SEGFAST_TILES_OR(SEGFAST_CALL_LOW, block_bytes<uint8_t, false>)(o, begin, end, ring.p, middle.p, line.p);
     }
   });
   return y;

@@ -13,6 +13,17 @@ template <class T>
 constexpr int64_t words(int64_t n) {
   return (n + kPerWord<T> - 1) / kPerWord<T>;
 }
+// Words of the depth of a 1 x 1 convolution's panel: whole steps of the matrix tiles, which floats have none of.
+constexpr int64_t kTileWords = 16;
+template <class T>
+constexpr int64_t deep_words(int64_t n) {
+  return sizeof(T) == 4 ? n : (words<T>(n) + kTileWords - 1) / kTileWords * kTileWords;
+}
+// Of a tap of the panel of a dense convolution.
+template <class T>
+constexpr int64_t tap_words(int64_t c, int64_t taps) {
+  return taps == 1 ? deep_words<T>(c) : words<T>(c);
+}
 
 }  // namespace segfast
 #endif
@@ -221,17 +232,33 @@ SEGFAST_NOINLINE void micro_runs(const Runs& runs, const T* __restrict a, int64_
   for (int i = 0; i < M * V; ++i) put.put_part(first + i / V, col + i % V * L, kept[i]);
 }
 
+}  // namespace segfast::SEGFAST_ISA
+#endif
+#include "tiles.h"
+#ifdef SEGFAST_KERNELS
+namespace segfast::SEGFAST_ISA {
+
 // rows x (the sum of the runs' depths) times panels of 32 columns, whose rows number `total` words.
 template <class T, class P>
 SEGFAST_INLINE void runs_product(int64_t rows, const Runs& runs, const T* a, int64_t row, const float* panels, int64_t total,
                                  int64_t padded, const P& put) {
   constexpr int L = lanes<float>, M = kDotRows<T>;
+  int64_t done = 0;
+#if SEGFAST_AMX
+  if constexpr (sizeof(T) < 4) {
+    if (runs.depth % kTileWords == 0) {
+      done = rows / 16 * 16;
+      tile_product(done, runs, a, row, panels, total, padded, put);
+      if (done == rows) return;
+    }
+  }
+#endif
   for (int64_t col0 = 0; col0 < padded; col0 += 32) {
     const int64_t width = padded - col0 < 32 ? padded - col0 : 32;
     const float* panel = panels + col0 * total;
     const auto columns = [&](auto vectors, int64_t j) {
       constexpr int V = decltype(vectors)::value;
-      int64_t i = 0;
+      int64_t i = done;
       for (; i + M <= rows; i += M) micro_runs<T, M, V>(runs, a + i * row, row, panel + j, width, i, col0 + j, put);
       for (; i + 4 <= rows; i += 4) micro_runs<T, 4, V>(runs, a + i * row, row, panel + j, width, i, col0 + j, put);
       for (; i + 2 <= rows; i += 2) micro_runs<T, 2, V>(runs, a + i * row, row, panel + j, width, i, col0 + j, put);
@@ -243,12 +270,12 @@ SEGFAST_INLINE void runs_product(int64_t rows, const Runs& runs, const T* a, int
   }
 }
 
-// `depth` elements; rows whose words are whole: lda even, and zero after an odd depth.
+// `depth` elements; rows whose words are whole: lda even, and zero after an odd depth; if `deep`, up to deep_words.
 template <class T, class P>
 SEGFAST_INLINE void plain_product(int64_t rows, int64_t depth, const T* a, int64_t lda, const float* panels, int64_t padded,
-                                  const P& put) {
-  const int64_t zero = 0, total = words<T>(depth);
-  runs_product(rows, Runs{1, total, &zero, &zero}, a, lda, panels, total, padded, put);
+                                  bool deep, const P& put) {
+  const int64_t zero = 0, total = deep_words<T>(depth);
+  runs_product(rows, Runs{1, deep ? total : words<T>(depth), &zero, &zero}, a, lda, panels, total, padded, put);
 }
 
 // Outputs [0, count) of a depthwise convolution whose taps all lie inside: rows[ky] is null where the kernel leaves the image.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import pairwise
 
@@ -334,17 +334,48 @@ class PixelWise(Term):
         weight: of the term; the paper's 10.
         temperature: as in `PixelWiseLoss`.
         preset, ignore_index: as in `PixelWiseLoss`; "official" counts ignored pixels too, as the released code does.
+        class_weights: a factor a class, of preset "paper": the mean over pixels is weighted, with the factor that a pixel has in
+            the mean over the teacher's class distribution. A student whose cross-entropy has class weights needs them here too:
+            of an equal mean, the common classes push its rare ones out. None: an equal mean.
+
+    Raises:
+        ValueError: class weights with preset "official", or not one, positive and finite, a class.
     """
 
-    def __init__(self, *, weight: float = 10.0, temperature: float = 1.0, preset: str = "paper", ignore_index: int = 255):
+    def __init__(
+        self,
+        *,
+        weight: float = 10.0,
+        temperature: float = 1.0,
+        preset: str = "paper",
+        ignore_index: int = 255,
+        class_weights: Sequence[float] | None = None,
+    ):
         super().__init__()
+        if class_weights is not None:
+            if preset != "paper":
+                raise ValueError(f'pixel-wise: want class_weights with preset="paper" alone, got {preset!r}')
+            if not all(0 < factor < math.inf for factor in class_weights):
+                raise ValueError(f"pixel-wise: want class_weights > 0 and finite, got {list(class_weights)}")
+            class_weights = torch.tensor(class_weights, dtype=torch.float32)
         self.weight, self.ignore_index, self.masked = weight, ignore_index, preset == "paper"
-        self.loss = PixelWiseLoss(temperature=temperature, ignore_index=ignore_index, preset=preset)
+        reduction = "mean" if class_weights is None else "none"
+        self.loss = PixelWiseLoss(temperature=temperature, ignore_index=ignore_index, preset=preset, reduction=reduction)
+        self.register_buffer("class_weights", class_weights, persistent=False)
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         student = batch.student.logits
+        teacher = resize(batch.teacher.logits, student.shape[2:])
         mask = cells(batch.target, student.shape[2:], self.ignore_index) if self.masked else None
-        return {"pixel-wise": self.weight * self.loss(student, resize(batch.teacher.logits, student.shape[2:]), mask=mask)}
+        loss = self.loss(student, teacher, mask=mask)
+        if self.class_weights is not None:
+            if len(self.class_weights) != teacher.shape[1]:
+                raise ValueError(f"pixel-wise: want {teacher.shape[1]} class_weights, got {len(self.class_weights)}")
+            pixels = torch.einsum("c,nchw->nhw", self.class_weights, teacher.detach().float().softmax(1))
+            if mask is not None:
+                pixels = pixels * mask
+            loss = (loss * pixels).sum() / pixels.sum().clamp(min=self.class_weights.min())
+        return {"pixel-wise": self.weight * loss}
 
 
 class PairWise(Term):
@@ -379,9 +410,13 @@ class PairWise(Term):
 
 
 @register_term("pixel-wise", "structured")
-def pixel_wise(student, teacher, preset, ignore_index, weight: float = 10.0, temperature: float = 1.0) -> Term:
+def pixel_wise(
+    student, teacher, preset, ignore_index, weight: float = 10.0, temperature: float = 1.0,
+    class_weights: Sequence[float] | None = None,
+) -> Term:  # fmt: skip
     """The pixel-wise term of Structured Knowledge Distillation."""
-    return PixelWise(weight=weight, temperature=temperature, preset=preset, ignore_index=ignore_index)
+    options = {"weight": weight, "temperature": temperature, "class_weights": class_weights}
+    return PixelWise(preset=preset, ignore_index=ignore_index, **options)
 
 
 @register_term("pair-wise", "structured")

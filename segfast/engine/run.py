@@ -285,7 +285,7 @@ class Run:
         self.teacher = teacher.to(self.device, memory_format=self.memory_format).requires_grad_(False)
         self.convert_preprocessing()
         self.method = create_method(
-            config.method, self.model, self.teacher, task=self.loss, preset=config.preset, **config.method_options
+            config.method, self.model, self.teacher, task=self.loss, preset=config.preset, **self.method_options()
         )
         self.cached = bool(config.cache) and not any(t.teacher_taps or t.batch_statistics for t in self.method.terms.values())
         if not config.cache:
@@ -304,6 +304,15 @@ class Run:
         saved = f", {1e3 * logits.seconds:.0f} ms of the teacher for every frame of a batch" if logits.seconds else ""
         self.say(f"cache: {len(self.train_set)} frames, {logits.bytes / 2**20:.1f} MiB in {config.cache}{saved}")
         return logits
+
+    def method_options(self) -> dict[str, dict]:
+        """Those of the config; class weights that say "labels" are the label loss's own."""
+        own = self.loss.class_weights
+
+        def value(key: str, given):
+            return (None if own is None else own.tolist()) if (key, given) == ("class_weights", "labels") else given
+
+        return {term: {k: value(k, v) for k, v in options.items()} for term, options in self.config.method_options.items()}
 
     def convert_preprocessing(self) -> None:
         theirs, ours = self.teacher.preprocessing, self.model.preprocessing

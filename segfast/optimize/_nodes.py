@@ -148,11 +148,12 @@ def onednn(dtype: torch.dtype) -> bool:
 def packs(dtype: torch.dtype) -> bool:
     """Whether the kernels over packed weights are taken in this dtype.
 
-    In bfloat16 where they have dot products of pairs, and oneDNN has no matrix tiles (AMX), or where oneDNN has no bfloat16.
+    In bfloat16 where they have the best of the processor, its matrix tiles (AMX) or dot products of pairs, or where oneDNN has no
+    bfloat16.
     """
     if dtype == torch.bfloat16 and onednn(dtype):
         tiles = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
-        return not tiles and _backend._C is not None and _backend._C.cpu_features()["kernel_set"] == "avx512bf16"
+        return _backend._C is not None and _backend._C.cpu_features()["kernel_set"] == ("amx" if tiles else "avx512bf16")
     return dtype in (torch.float32, torch.bfloat16)
 
 
