@@ -208,9 +208,10 @@ SEGFAST_INLINE void even_row(const PackedArgs<T>& o, int64_t n, int64_t y, T* to
 }
 
 // A dense convolution of pixels that are no whole number of words, or of an image's planes: rows [begin, end) of N * OH. The rows
-// under the kernel are kept in a ring, as in inverted_rows, between as many zero pixels as the kernel reaches out.
+// under the kernel are kept in a ring, as in inverted_rows, between as many zero pixels as the kernel reaches out. `patch` is
+// what short_runs_product asks for.
 template <class T>
-void odd_rows(const PackedArgs<T>& o, int64_t begin, int64_t end, T* ring) {
+void odd_rows(const PackedArgs<T>& o, int64_t begin, int64_t end, T* ring, T* patch) {
   const Tiles tiles;
   const Geometry& g = o.g;
   const int64_t even = words<T>(g.c) * kPerWord<T>, slots = g.dh * (g.kh - 1) + 1, slot = (g.w + 2 * g.pw) * even;
@@ -236,8 +237,8 @@ void odd_rows(const PackedArgs<T>& o, int64_t begin, int64_t end, T* ring) {
     for (int64_t ox = 0; ox < g.ow; ox += o.tile) {
       const int64_t stop = ox + o.tile < g.ow ? ox + o.tile : g.ow;
       with_put(o.y, o.add, r * g.ow + ox, g.k, o.pw_shift, o.act, [&](const auto& put) {
-        runs_product(stop - ox, runs, ring + ox * g.sw * even, g.sw * even, o.pw, g.kh * g.kw * tap_words<T>(g.c, g.kh * g.kw),
-                     o.kp, put);
+        short_runs_product(stop - ox, runs, g.kh * ((g.kw + wide - 1) / wide), ring + ox * g.sw * even, g.sw * even, o.pw,
+                           panel_rows<T>(g.c, g.kh * g.kw), o.kp, patch, put);
       });
     }
   }
@@ -249,7 +250,7 @@ template <class T>
 void dense_rows(const PackedArgs<T>& o, int64_t begin, int64_t end, T* patch) {
   const Tiles tiles;
   const Geometry& g = o.g;
-  const int64_t line = g.w * g.c, total = g.kh * g.kw * g.c, rows = g.kh * g.kw * tap_words<T>(g.c, g.kh * g.kw);
+  const int64_t line = g.w * g.c, total = g.kh * g.kw * g.c, rows = panel_rows<T>(g.c, g.kh * g.kw);
   const int64_t reach = (g.kw - 1) * g.dw;
   int64_t first = (g.pw + g.sw - 1) / g.sw, last = g.w - 1 - reach + g.pw < 0 ? 0 : (g.w - 1 - reach + g.pw) / g.sw + 1;
   first = first < g.ow ? first : g.ow;
@@ -453,7 +454,7 @@ class Packer {
 
  private:
   int64_t a_tap(int64_t c) const { return h_.bfloat16 ? words<BFloat16>(c) : c; }
-  int64_t a_panel(int64_t c, int64_t taps) const { return h_.bfloat16 && taps == 1 ? deep_words<BFloat16>(c) : a_tap(c) * taps; }
+  int64_t a_panel(int64_t c, int64_t taps) const { return h_.bfloat16 ? panel_rows<BFloat16>(c, taps) : c * taps; }
   int64_t panel_words(int64_t k, int64_t c, int64_t taps) const { return padded(k) * a_panel(c, taps); }
   // value(column, channel, tap)
   template <class F>
@@ -650,14 +651,15 @@ Tensor packed_conv(const Tensor& x, const Tensor& packed, Ints stride, Ints padd
     });
   } else {
     const bool whole = g.c % kPerWord<T> == 0 && !o.planar;
+    const bool patched = o.deep && !whole && g.c % kPerWord<T> != 0;
     const int64_t even = words<T>(g.c) * kPerWord<T>;
     const int64_t size = whole ? g.kh * g.kw * g.c : (g.dh * (g.kh - 1) + 1) * (g.w + 2 * g.pw) * even;
     parallel_for(0, g.n * g.oh, 1, [&](int64_t begin, int64_t end) {
-      const Buffer<T> rows(size, false);
+      const Buffer<T> rows(size, false), patch(patched ? o.tile * panel_rows<T>(g.c, g.kh * g.kw) * kPerWord<T> : 0);
       if (whole) {
         SEGFAST_PACKED_CALL(T, dense_rows, o, begin, end, rows.p);
       } else {
-        SEGFAST_PACKED_CALL(T, odd_rows, o, begin, end, rows.p);
+        SEGFAST_PACKED_CALL(T, odd_rows, o, begin, end, rows.p, patched ? patch.p : nullptr);
       }
     });
   }

@@ -136,12 +136,12 @@ SEGFAST_INLINE void copy_pixels(const uint8_t* from, int64_t count, int64_t c, i
 }
 
 // Any dense convolution: rows [begin, end) of N * OH. The rows under the kernel are kept in a ring, padded left and right, each
-// pixel with its words whole; one row more in it is nothing but padding. With `Depthwise` the pixels are of cp bytes.
+// pixel with its words whole; one row more in it is nothing but padding. With `Depthwise` the pixels are of cp bytes. `patch` is
+// what short_runs_product asks for.
 template <class T, bool Depthwise>
-void conv_bytes(const Int8Args& o, int64_t begin, int64_t end, T* ring) {
+void conv_bytes(const Int8Args& o, int64_t begin, int64_t end, T* ring, [[maybe_unused]] T* patch) {
   const Tiles tiles;
   const Geometry& g = o.g;
-  [[maybe_unused]] const int64_t a_tap = tap_words<T>(g.c, g.kh * g.kw);
   const int64_t lda = Depthwise ? o.cp : words<T>(g.c) * 4, slots = g.dh * (g.kh - 1) + 1, slot = (g.w + 2 * g.pw) * lda;
   memset(ring, static_cast<int>(o.last.x_zero), static_cast<size_t>((slots + 1) * slot));
   int64_t from[64], panel[64];
@@ -167,14 +167,15 @@ void conv_bytes(const Int8Args& o, int64_t begin, int64_t end, T* ring) {
       for (int64_t ky = 0; ky < g.kh; ++ky) {
         for (int64_t kx = 0; kx < g.kw; kx += wide) {
           from[parts] = row_of(ky) + kx * g.dw * lda;
-          panel[parts++] = (ky * g.kw + kx) * a_tap;
+          panel[parts++] = (ky * g.kw + kx) * words<T>(g.c);
         }
       }
       const Runs runs{parts, wide * words<T>(g.c), from, panel};
       for (int64_t ox = 0; ox < g.ow; ox += o.tile) {
         const int64_t stop = ox + o.tile < g.ow ? ox + o.tile : g.ow;
         with_bytes(o, r * g.ow + ox, [&](const auto& put) {
-          runs_product(stop - ox, runs, ring + ox * g.sw * lda, g.sw * lda, o.last.weight, g.kh * g.kw * a_tap, o.kp, put);
+          short_runs_product(stop - ox, runs, parts, ring + ox * g.sw * lda, g.sw * lda, o.last.weight,
+                             panel_rows<T>(g.c, g.kh * g.kw), o.kp, patch, put);
         });
       }
     }
@@ -261,14 +262,14 @@ class Packer {
              int64_t act, double x_scale, int64_t x_zero, double y_scale, int64_t y_zero) {
     const Tensor w = torch::stable::contiguous(weight), s = torch::stable::contiguous(scale), b = torch::stable::contiguous(bias);
     const int64_t k = w.size(0), c = w.size(1), taps = w.size(2) * w.size(3), kp = padded(k);
-    const int64_t a_tap = tap_words<uint8_t>(c, taps);
+    const int64_t a_tap = words<uint8_t>(c), rows = panel_rows<uint8_t>(c, taps);
     const auto* values = data<int8_t>(w);
     StageHeader& stage = h_.*where;
     stage.x_zero = x_zero, stage.y_zero = y_zero;
     stage.low = static_cast<float>(act == kIdentity ? -y_zero : 0);
     const double six = act == kRelu6 ? std::nearbyint(6.0 / y_scale) : 255.0;
     stage.high = static_cast<float>(std::min<double>(255.0 - static_cast<double>(y_zero), six));
-    auto* to = section<char>(stage.weight, depthwise ? taps * kp * 4 : kp * a_tap * taps * 4);
+    auto* to = section<char>(stage.weight, depthwise ? taps * kp * 4 : kp * rows * 4);
     for (int64_t j = 0; j < k; ++j) {
       const int64_t col0 = j / 32 * 32, width = std::min<int64_t>(32, kp - col0);
       for (int64_t t = 0; t < taps; ++t) {
@@ -278,7 +279,7 @@ class Packer {
             const auto real = static_cast<float>(value);
             memcpy(to + (t * kp + j) * 4, &real, 4);
           } else {
-            const int64_t word = col0 * a_tap * taps + (t * a_tap + i / 4) * width + j - col0;
+            const int64_t word = col0 * rows + (t * a_tap + i / 4) * width + j - col0;
             memcpy(to + word * 4 + i % 4, &value, 1);
           }
         }
@@ -437,15 +438,17 @@ Tensor packed_int8_cpu(const Tensor& input, const Tensor& packed, Ints shape, In
     return y;
   }
   if (h.kind == kDense || h.kind == kDepthwise) {
-    const bool dense = h.kind == kDense;
+    const bool dense = h.kind == kDense, patched = o.deep && dense && g.c % 4 != 0;
     const int64_t lda = dense ? words<uint8_t>(g.c) * 4 : o.cp;
     o.tile = tile_pixels(g.c, 24576, 192);
     parallel_for(0, g.n * g.oh, 1, [&](int64_t begin, int64_t end) {
-      const Buffer<uint8_t> ring((slots + 1) * (g.w + 2 * g.pw) * lda + 64, false);
+      const Buffer<uint8_t> ring((slots + 1) * (g.w + 2 * g.pw) * lda + 64, false),
+          patches(patched ? o.tile * panel_rows<uint8_t>(g.c, g.kh * g.kw) * 4 : 0);
+      uint8_t* patch = patched ? patches.p : nullptr;
       if (dense) {
-        SEGFAST_TILES_OR(SEGFAST_CALL_LOW, conv_bytes<uint8_t, false>)(o, begin, end, ring.p);
+        SEGFAST_TILES_OR(SEGFAST_CALL_LOW, conv_bytes<uint8_t, false>)(o, begin, end, ring.p, patch);
       } else {
-        SEGFAST_TILES_OR(SEGFAST_CALL_LOW, conv_bytes<uint8_t, true>)(o, begin, end, ring.p);
+        SEGFAST_TILES_OR(SEGFAST_CALL_LOW, conv_bytes<uint8_t, true>)(o, begin, end, ring.p, patch);
       }
     });
     return y;

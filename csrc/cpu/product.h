@@ -19,10 +19,11 @@ template <class T>
 constexpr int64_t deep_words(int64_t n) {
   return sizeof(T) == 4 ? n : (words<T>(n) + kTileWords - 1) / kTileWords * kTileWords;
 }
-// Of a tap of the panel of a dense convolution.
+// Rows of the panel of a dense convolution: whole steps too where pixels are no whole number of words, as those of images.
 template <class T>
-constexpr int64_t tap_words(int64_t c, int64_t taps) {
-  return taps == 1 ? deep_words<T>(c) : words<T>(c);
+constexpr int64_t panel_rows(int64_t c, int64_t taps) {
+  if (taps == 1) return deep_words<T>(c);
+  return c % kPerWord<T> == 0 ? taps * words<T>(c) : deep_words<T>(taps * words<T>(c) * kPerWord<T>);
 }
 
 }  // namespace segfast
@@ -268,6 +269,26 @@ SEGFAST_INLINE void runs_product(int64_t rows, const Runs& runs, const T* a, int
     for (; j + 2 * L <= width; j += 2 * L) columns(Int<2>{}, j);
     for (; j < width; j += L) columns(Int<1>{}, j);
   }
+}
+
+// The same for runs too short for the matrix tiles, of at most `most` parts: through `patch` [rows][total] words, zero at
+// first, or null.
+template <class T, class P>
+SEGFAST_INLINE void short_runs_product(int64_t rows, const Runs& runs, [[maybe_unused]] int64_t most, const T* a, int64_t row,
+                                       const float* panels, int64_t total, int64_t padded, [[maybe_unused]] T* patch,
+                                       const P& put) {
+#if SEGFAST_AMX
+  if constexpr (sizeof(T) < 4) {
+    if (patch && runs.depth <= kPatchWords) {
+      const int64_t zero = 0;
+      if (runs.parts < most) memset(patch, 0, static_cast<size_t>(rows * total * 4));  // of earlier rows
+      gather_runs(rows, runs, a, row, total, patch);
+      runs_product(rows, Runs{1, total, &zero, &zero}, patch, total * kPerWord<T>, panels, total, padded, put);
+      return;
+    }
+  }
+#endif
+  runs_product(rows, runs, a, row, panels, total, padded, put);
 }
 
 // `depth` elements; rows whose words are whole: lda even, and zero after an odd depth; if `deep`, up to deep_words.

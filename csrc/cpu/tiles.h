@@ -68,6 +68,20 @@ SEGFAST_NOINLINE void tile_block(const Runs& runs, const T* a, int64_t row, cons
 }
 #undef SEGFAST_TILE_DOT
 
+constexpr int64_t kPatchWords = 16;  // of a run, at most
+
+// The runs of each row side by side, where the panel has them: [rows][total] words, of which the others stay.
+template <class T>
+SEGFAST_INLINE void gather_runs(int64_t rows, const Runs& runs, const T* a, int64_t row, int64_t total, T* to) {
+  const auto mask = static_cast<__mmask16>((1u << runs.depth) - 1);
+  for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t part = 0; part < runs.parts; ++part) {
+      const __m512i words = _mm512_maskz_loadu_epi32(mask, a + i * row + runs.a[part]);
+      _mm512_mask_storeu_epi32(to + (i * total + runs.b[part]) * kPerWord<T>, mask, words);
+    }
+  }
+}
+
 SEGFAST_INLINE Vec<float> with_shift(const float* sum, const float* shift) { return load(sum) + load(shift); }
 SEGFAST_INLINE I32 with_shift(const int32_t* sum, const int32_t* shift) {
   return Dot<uint8_t>::start(sum) + Dot<uint8_t>::start(shift);
