@@ -162,13 +162,13 @@ ReLU or PReLU that follow it, bilinear interpolation writes channels_last maps, 
 result.
 
 - float32: AVX-512, AVX2 or portable.
-- bfloat16: with AVX512-BF16 dot products of pairs, summed in float32; taken where the processor has them and no AMX, whose tiles
-  oneDNN uses, or where oneDNN has no bfloat16. The other kernel sets compute in float32 on the same weights. Biases and depthwise
-  weights stay float32.
-- int8: uint8 maps (affine), int8 weights (a scale a channel), 32-bit sums by AVX512-VNNI or, without saturation, 16-bit products;
-  requantised inside, with the same bits on every kernel set. For graphs that torchao's PT2E flow has quantised, such as those of
-  `segfast.deploy.quantize`: docs/results/int8.md. `pytest benchmarks/test_speed_packed.py -k int8` times them
-  against the float32 and bfloat16 kernels."""
+- bfloat16: in the matrix tiles of AMX or by AVX512-BF16's dot products of pairs, summed in float32; taken where the processor has
+  one of them, or where oneDNN has no bfloat16. The other kernel sets compute in float32 on the same weights. Biases and depthwise
+  weights stay float32. Dense convolutions of more than 8 channels and larger than 1x1 run on oneDNN.
+- int8: uint8 maps (affine), int8 weights (a scale a channel), 32-bit sums by AMX, AVX512-VNNI or, without saturation, 16-bit
+  products; requantised inside, with the same bits on every kernel set. For graphs that torchao's PT2E flow has quantised, such as
+  those of `segfast.deploy.quantize`: docs/results/int8.md. `pytest benchmarks/test_speed_packed.py -k int8` times them against
+  the float32 and bfloat16 kernels."""
 
 
 def text(results: dict) -> str:

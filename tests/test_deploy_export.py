@@ -186,6 +186,34 @@ def test_compiled_package(tmp_path, folder):
     assert (artefact(images) == want).float().mean() >= 0.999
 
 
+def test_executorch(folder, tmp_path):
+    pytest.importorskip("executorch.runtime", reason="needs the extra executorch")
+    path, model, _ = folder
+    for head, size in ((True, SIZE), (False, (97, 131))):
+        done = deploy.export_executorch(model, tmp_path / "a.pte", size, head=head, miou=0.25)
+        assert done.agreement >= 0.999 if head else done.error <= 1e-4
+        artefact = deploy.load(tmp_path / "a.pte")
+        assert (artefact.about["miou"], artefact.about["size"], artefact.about["head"]) == (0.25, list(size), head)
+        images = torch.rand(2, 3, *size)
+        with torch.no_grad():
+            want = model(model.preprocessing(images * 255))
+        got = artefact(images)
+        assert ((got if head else got.argmax(1)) == want.argmax(1)).float().mean() >= 0.999
+    done = call("export", path, tmp_path / "b.pte", "--size", *SIZE)
+    assert done.exit_code == 0, done.output
+    assert "wrote" in done.output
+    (tmp_path / "c.pte").write_bytes((tmp_path / "b.pte").read_bytes()[:1000])
+    with pytest.raises(ValueError, match=r"c\.pte is no whole \.pte file"):
+        deploy.load(tmp_path / "c.pte")
+
+
+def test_executorch_missing_names_the_extra(folder, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "executorch", None)
+    monkeypatch.setitem(sys.modules, "executorch.exir", None)
+    with pytest.raises(ImportError, match=r"segfast\[executorch\]"):
+        deploy.export_executorch(folder[1], tmp_path / "a.pte", SIZE)
+
+
 def test_commands(folder, tmp_path, monkeypatch):
     path, model, _ = folder
     monkeypatch.setattr(sys, "argv", ["segfast", "export", "student"])

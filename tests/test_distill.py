@@ -180,8 +180,8 @@ def test_class_weights_of_pixel_wise():
         ([0.0] * CLASSES, "paper", "want class_weights > 0 and finite"),
         (factors, "official", 'with preset="paper" alone'),
     ):
+        options = {"pixel_wise": {"class_weights": wrong}}
         with pytest.raises(ValueError, match=said):
-            options = {"pixel_wise": {"class_weights": wrong}}
             distill.create_method("pixel-wise", student, teacher, preset=preset, **options)(images, target)
 
 

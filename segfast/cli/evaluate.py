@@ -24,7 +24,7 @@ from segfast.engine.run import Network, load_network, make_dataset, preprocess
 from segfast.optimize import optimize
 
 Weights = Annotated[
-    Path, typer.Argument(help="A run folder, a .safetensors file that segfast wrote, or an exported .onnx or .pt2 file.")
+    Path, typer.Argument(help="A run folder, a .safetensors file that segfast wrote, or an exported .onnx, .pt2 or .pte file.")
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
 Scale = Annotated[list[float] | None, typer.Option("--scale", help="Test-time size; give several to average over them.")]

@@ -18,7 +18,7 @@ from segfast.engine.run import load_network, weights_file
 
 def export(
     weights: Annotated[Path, typer.Argument(help="A run folder, or a .safetensors file that segfast wrote.")],
-    out: Annotated[Path, typer.Argument(help="The file: .onnx, or .pt2 for torch.export and AOTInductor.")],
+    out: Annotated[Path, typer.Argument(help="The file: .onnx, .pt2 for torch.export and AOTInductor, .pte for ExecuTorch.")],
     size: Annotated[tuple[int, int], typer.Option(help="H W of the images.")] = (512, 1024),
     dynamic: Annotated[bool, typer.Option(help="Batch, height and width are free (ONNX; where the network allows it).")] = False,
     head: Annotated[bool, typer.Option(help="Resize and argmax inside: the output is a class map of bytes.")] = True,
@@ -26,7 +26,7 @@ def export(
     compiled: Annotated[bool, typer.Option(help="A .pt2 file compiled by AOTInductor for this processor.")] = False,
 ) -> None:
     """Export a trained network, checked against PyTorch before the file is written."""
-    from segfast.deploy import export_onnx, export_program
+    from segfast.deploy import export_executorch, export_onnx, export_program
 
     with explained("export"), Reporter() as reporter:
         model, network = load_network(weights)
@@ -34,10 +34,12 @@ def export(
             "head": head, "network": dataclasses.asdict(network), "miou": measured(weights),
             "made": shlex.join(["segfast", *sys.argv[1:]]),
         }  # fmt: skip
+        if out.suffix in (".pt2", ".pte") and dynamic:
+            raise ValueError(f"want a fixed size with {out.suffix} (--no-dynamic)")
         if out.suffix == ".pt2":
-            if dynamic:
-                raise ValueError("want a fixed size with .pt2 (--no-dynamic)")
             done = export_program(model, out, size, compiled=compiled, **options)
+        elif out.suffix == ".pte":
+            done = export_executorch(model, out, size, **options)
         else:
             done = export_onnx(model, out, size, dynamic=dynamic, opset=opset, **options)
         agrees = f"{done.agreement:.3%} of the pixels" if head else f"logits within {done.error:.1e} of the largest"

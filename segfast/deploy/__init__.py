@@ -4,7 +4,7 @@ import importlib
 
 _NAMES = {
     "artefact": ("Artefact", "load"),
-    "export": ("TENSORRT", "Exported", "export_onnx", "export_program", "operators"),
+    "export": ("TENSORRT", "Exported", "export_executorch", "export_onnx", "export_program", "operators"),
     "int8": (
         "Quantized",
         "load_quantized",

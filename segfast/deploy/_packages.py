@@ -1,11 +1,11 @@
-"""Packages of the extra `segfast[deploy]`, imported where they are used."""
+"""Packages of the extras `segfast[deploy]` and `segfast[executorch]`, imported where they are used."""
 
 from __future__ import annotations
 
 import importlib
 
 
-def need(package: str, what: str):
+def need(package: str, what: str, extra: str = "deploy"):
     """The module `package`.
 
     Raises:
@@ -16,4 +16,4 @@ def need(package: str, what: str):
     except ImportError as error:
         if (error.name or "").partition(".")[0] != package.partition(".")[0]:
             raise
-        raise ImportError(f"{what}: want {package.partition('.')[0]}: pip install 'segfast[deploy]'") from error
+        raise ImportError(f"{what}: want {package.partition('.')[0]}: pip install 'segfast[{extra}]'") from error

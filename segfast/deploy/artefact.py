@@ -17,7 +17,7 @@ from segfast.deploy._packages import need
 from segfast.engine.run import Network
 from segfast.models import Preprocessing
 
-SUFFIXES = (".onnx", ".pt2")
+SUFFIXES = (".onnx", ".pt2", ".pte")
 
 
 class Artefact:
@@ -61,11 +61,11 @@ class Artefact:
 
 
 def load(path: str | Path) -> Artefact:
-    """An exported .onnx (ONNX Runtime, on the CPU) or .pt2 file (torch.export or AOTInductor).
+    """An exported .onnx (ONNX Runtime, on the CPU), .pt2 (torch.export or AOTInductor) or .pte file (ExecuTorch).
 
     Raises:
         FileNotFoundError, ValueError: naming the file: none, another suffix, not whole, or without segfast's metadata.
-        ImportError: ONNX Runtime is missing.
+        ImportError: ONNX Runtime or ExecuTorch is missing.
     """
     path = Path(path)
     if not path.is_file():
@@ -74,7 +74,9 @@ def load(path: str | Path) -> Artefact:
         return _onnx(path)
     if path.suffix == ".pt2":
         return _pt2(path)
-    raise ValueError(f"{path}: want a file that ends in {' or '.join(SUFFIXES)}")
+    if path.suffix == ".pte":
+        return _pte(path)
+    raise ValueError(f"{path}: want a file that ends in {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}")
 
 
 class Session:
@@ -90,6 +92,22 @@ class Session:
 
     def __call__(self, x: Tensor) -> Tensor:
         return torch.from_numpy(self.session.run(None, {self.name: x.numpy()})[0])
+
+
+class Lite:
+    """An ExecuTorch program, its bytes, as a function of a tensor."""
+
+    def __init__(self, content: bytes, what: str):
+        runtime = need("executorch.runtime", what, "executorch")
+        self.program = runtime.Runtime.get().load_program(content)
+        self.method = self.program.load_method("forward")
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.method.execute([x])[0].clone()  # its memory is the method's own
+
+    def about(self) -> str | None:
+        """What the program says of itself."""
+        return self.program.load_method("segfast").execute([])[0] if "segfast" in self.program.method_names else None
 
 
 def _onnx(path: Path) -> Artefact:
@@ -114,6 +132,15 @@ def _pt2(path: Path) -> Artefact:
         return Artefact(path, about, package)
     about = _about(path, text)
     return Artefact(path, about, torch.export.load(io.BytesIO(path.read_bytes())).module())
+
+
+def _pte(path: Path) -> Artefact:
+    need("executorch.runtime", f"load {path}", "executorch")
+    try:
+        run = Lite(path.read_bytes(), f"load {path}")
+    except RuntimeError as error:
+        raise ValueError(f"{path} is no whole .pte file, or one that ExecuTorch cannot run: {error}") from error
+    return Artefact(path, _about(path, run.about()), run)
 
 
 def _about(path: Path, text: str | bytes | None) -> dict:

@@ -1,4 +1,4 @@
-"""Export: ONNX, torch.export programs and AOTInductor packages of ATen operators alone, each checked before it is written."""
+"""Export: ONNX, and ATen operators alone for torch.export, AOTInductor and ExecuTorch, each checked before it is written."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from segfast import ops
 from segfast._version import __version__
 from segfast.deploy._packages import need
-from segfast.deploy.artefact import Session
+from segfast.deploy.artefact import Lite, Session
 from segfast.engine import checkpoint
 
 OPSET = 20
@@ -276,6 +276,41 @@ def export_program(
         torch.export.save(program, buffer, extra_files={"segfast.json": about})
         content, run = buffer.getvalue(), torch.export.load(io.BytesIO(buffer.getvalue())).module()
     error, agreement = check(model, run, size, False, head, "export_program")
+    checkpoint.write(path, content)
+    return Exported(path, len(content), None, error, agreement)
+
+
+def export_executorch(
+    model: nn.Module,
+    path: str | Path,
+    size: tuple[int, int],
+    *,
+    head: bool = True,
+    network: Mapping | None = None,
+    miou: float | None = None,
+    made: str = "segfast.deploy.export_executorch",
+) -> Exported:
+    """Write a network at a fixed size as a .pte file for ExecuTorch, which phones and boards run: on XNNPACK where that can.
+
+    Args:
+        model, path, size, head, network, miou, made: as in `export_onnx`.
+
+    Raises:
+        ValueError, RuntimeError: as `export_onnx`.
+        ImportError: ExecuTorch is missing.
+    """
+    path = _target(path, ".pte")
+    for package in ("executorch.exir", "executorch.runtime"):
+        need(package, "export_executorch", "executorch")
+    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+    from executorch.exir import to_edge_transform_and_lower
+
+    program = _program(model, size, False, head, "export_executorch")
+    about = json.dumps(describe(model, size, head, network, miou, made))
+    with torch.no_grad(), _quiet():
+        edge = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()], constant_methods={"segfast": about})
+        content = edge.to_executorch().buffer
+    error, agreement = check(model, Lite(content, "export_executorch"), size, False, head, "export_executorch")
     checkpoint.write(path, content)
     return Exported(path, len(content), None, error, agreement)
 
