@@ -390,7 +390,7 @@ def test_names_and_errors(monkeypatch):
     with pytest.raises(ValueError, match=r"ShuffleNetV2: want width one of 0.5"):
         ShuffleNetV2(0.7)
     monkeypatch.setitem(sys.modules, "timm", None)
-    with pytest.raises(ImportError, match=r"mobilenetv1 needs timm: pip install 'segfast\[train\]'"):
+    with pytest.raises(ImportError, match=r"mobilenetv1: want timm: pip install 'segfast\[train\]'"):
         segfast.create_backbone("mobilenetv1")
 
 

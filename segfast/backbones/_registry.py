@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
-import importlib
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from segfast._packages import need
 from segfast.backbones.efficientformer import EfficientFormer, EfficientFormerV2
 from segfast.backbones.resnet import DEPTHS, ResNet
 from segfast.backbones.shufflenet import V1_CHANNELS, V2_CHANNELS, ShuffleNetV1, ShuffleNetV2
@@ -134,17 +134,9 @@ class Pyramid(nn.Module):
         return self.body.forward_intermediates(x, indices=self.indices, intermediates_only=True)
 
 
-def needs(package: str, name: str):
-    """The module `package`, or an error that says how to get it."""
-    try:
-        return importlib.import_module(package)
-    except Exception as error:  # also what a torchvision built for another torch raises, which timm imports
-        raise ImportError(f"create_backbone: {name} needs {package}: pip install 'segfast[train]' ({error})") from error
-
-
 def classifier(name: str, pretrained: bool = False, **options) -> nn.Module:
     """The whole network of timm behind a backbone, with its classifier of 1,000 classes."""
-    timm = needs("timm", name)
+    timm = need("timm", f"create_backbone: {name}", "train")
     try:
         return timm.create_model(TIMM[name], pretrained=pretrained, **options)
     except Exception as error:
@@ -186,7 +178,7 @@ def _load(name: str, body: nn.Module, state: dict[str, Tensor]) -> None:
 def _download(name: str, released: str | None) -> dict[str, Tensor]:
     if released is None:
         raise RuntimeError(f"create_backbone: nobody we know hosts weights of {name} as a plain file: pass weights=PATH")
-    models = needs("torchvision.models", name)
+    models = need("torchvision.models", f"create_backbone: {name}", "train")
     try:
         return models.get_model(released, weights="DEFAULT").state_dict()
     except Exception as error:

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from segfast._packages import need
+
 
 @dataclass(frozen=True)
 class Geometry:
@@ -238,10 +240,7 @@ class TorchvisionTransform:
     """
 
     def __init__(self, transform: Callable):
-        try:
-            from torchvision import tv_tensors
-        except ImportError as error:
-            raise ImportError("TorchvisionTransform: want torchvision: pip install 'segfast[train]'") from error
+        tv_tensors = need("torchvision.tv_tensors", "TorchvisionTransform", "train")
         self.transform, self.image, self.mask = transform, tv_tensors.Image, tv_tensors.Mask
 
     def __call__(self, image: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from segfast._packages import need
 from segfast.data.pairs import spread_palette
-from segfast.deploy._packages import need
 from segfast.engine.run import Network
 from segfast.models import Preprocessing
 
@@ -83,7 +83,7 @@ class Session:
     """An ONNX model, a path or its bytes, as a function of a tensor: ONNX Runtime on the CPU, with PyTorch's threads."""
 
     def __init__(self, model: str | bytes, what: str):
-        runtime = need("onnxruntime", what)
+        runtime = need("onnxruntime", what, "deploy")
         options = runtime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         options.log_severity_level = 4  # what is wrong comes as an exception
@@ -111,7 +111,7 @@ class Lite:
 
 
 def _onnx(path: Path) -> Artefact:
-    need("onnxruntime", f"load {path}")
+    need("onnxruntime", f"load {path}", "deploy")
     try:
         run = Session(str(path), f"load {path}")
     except Exception as error:  # ONNX Runtime's errors have no class in common but this

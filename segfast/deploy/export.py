@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from segfast import ops
+from segfast._packages import need
 from segfast._version import __version__
-from segfast.deploy._packages import need
 from segfast.deploy.artefact import Lite, Session
 from segfast.engine import checkpoint
 
@@ -198,7 +198,7 @@ def export_onnx(
     """
     path = _target(path, ".onnx")
     for package in ONNX:
-        need(package, "export_onnx")
+        need(package, "export_onnx", "deploy")
     if opset < 18:
         raise ValueError(f"export_onnx: want opset 18 or later, got {opset}")
     program = _program(model, size, dynamic, head, "export_onnx")

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from segfast import ops
+from segfast._packages import need
 from segfast.deploy import export
-from segfast.deploy._packages import need
 from segfast.deploy.artefact import Session
 from segfast.distill import create_method
 from segfast.engine import checkpoint
@@ -126,7 +126,7 @@ def quantize(
             names no layer; or no choice of layers holds `max_drop`.
         ImportError: torchao is missing.
     """
-    need("torchao", "quantize")
+    need("torchao", "quantize", "deploy")
     images = checked(model, images)
     if observer not in OBSERVERS:
         raise ValueError(f"quantize: want an observer among {', '.join(OBSERVERS)}, got {observer!r}")
@@ -374,7 +374,7 @@ def quantize_aware(
     Raises:
         ValueError, FloatingPointError: as `quantize` and `segfast.engine.train`.
     """
-    need("torchao", "quantize_aware")
+    need("torchao", "quantize_aware", "deploy")
     images = checked(model, images)
     student, keep = copy.deepcopy(model), tuple(keep)
     limits = {name: limit for name, limit in ranges(student, images).items() if name not in keep}
@@ -406,7 +406,7 @@ def load_quantized(path: str | Path) -> Quantized:
     tensors, about = checkpoint.load(path)
     if about.get("quantized") != "static int8":
         raise ValueError(f"{path} holds no int8 network: want a file that `segfast quantize` wrote")
-    need("torchao", "load_quantized")
+    need("torchao", "load_quantized", "deploy")
     model = Network(**about["network"]).build().eval()
     images = [torch.zeros(3, *about["size"])]
     quantized = static(model, images, "min-max", about["float_layers"], about["network"])
@@ -452,7 +452,7 @@ def quantize_onnx(
     """
     path = Path(path)
     for package in export.ONNX:
-        need(package, "quantize_onnx")
+        need(package, "quantize_onnx", "deploy")
     size = tuple(quantized.about["size"])
     whole = Classes(quantized, head)
     images = torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(0))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from segfast._packages import need
 from segfast.engine import checkpoint
 from segfast.engine.evaluate import boundary_f_score, class_iou, evaluate, mean_iou, pixel_accuracy
 from segfast.engine.panels import png
@@ -72,11 +73,7 @@ def plots(matrix: Tensor, classes: Sequence[str], folder: Path) -> list[Path]:
     Raises:
         ImportError: matplotlib is missing.
     """
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise ImportError("plots: want matplotlib: pip install 'segfast[train]'") from error
-    matplotlib.use("Agg")
+    need("matplotlib", "plots", "train").use("Agg")
     from matplotlib import pyplot
 
     shares = matrix.double() / matrix.sum(1, keepdim=True).clamp(min=1)
