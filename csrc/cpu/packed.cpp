@@ -7,8 +7,8 @@
 // may be 16) whatever the kernel set, so that what one set packed another can run. Their elements are words of 4 bytes: a float,
 // or two bfloat16 that follow one another in depth, the last of a tap with a zero after an odd number of channels.
 //
-// Every output element is one sum in one order, whatever tile or thread it falls to: results are bitwise the same on any number
-// of threads.
+// Every output element is one sum in one order, whatever thread it falls to: results are bitwise the same on any number of
+// threads. In bfloat16 on matrix tiles the rows that are left over at a tile's end are summed in the vectors' order.
 #define SEGFAST_FILE "packed.cpp"
 #define SEGFAST_LOW
 #define SEGFAST_TILES
