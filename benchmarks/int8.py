@@ -33,7 +33,7 @@ from segfast.engine.race import ToClasses, facts, interleave, make_onnxruntime, 
 RESULTS = Path(__file__).resolve().parents[1] / "docs" / "results"
 WAYS = ("segfast int8", "segfast float32", "onnxruntime int8", "openvino int8", "inductor int8")
 # What differs from the recipe: the student's width, and as many steps as large networks do on one core in half an hour.
-NETWORKS = {"fast_scnn": STUDENT, "contextnet": {"steps": 1500}, "linknet": {"steps": 600}, "swiftnet_rn18": {"steps": 600}}
+NETWORKS = {"fast_scnn": STUDENT, "contextnet": {"steps": 1500}, "linknet": {"steps": 600}, "swiftnet_rn18": {"steps": 300}}
 STEPS = 200  # of quantisation-aware training
 
 
