@@ -97,7 +97,7 @@ class SwiftNetPyramid(SegmentationModel):
             image = images
             if level:
                 # rounded up, as the encoder's strides round, so that the levels' maps agree at every size
-                size = [-(-side // 2**level) for side in (height, width)]
+                size = [(side + 2**level - 1) // 2**level for side in (height, width)]
                 image = F.interpolate(images, size, mode="bicubic", align_corners=False)
             for i, (stage, bottleneck) in enumerate(zip(self.encoder(image, level), self.bottlenecks)):
                 skip = bottleneck(stage)
