@@ -28,7 +28,7 @@ from segfast.cli.options import Reporter
 from segfast.deploy.int8 import Classes
 from segfast.engine import Config, checkpoint, fit
 from segfast.engine.catalogue import table
-from segfast.engine.race import ToClasses, exported, facts, interleave, make_onnxruntime, make_openvino
+from segfast.engine.race import ToClasses, call_openvino, exported, facts, interleave, make_onnxruntime, make_openvino
 
 RESULTS = Path(__file__).resolve().parents[1] / "docs" / "results"
 WAYS = ("segfast int8", "segfast float32", "onnxruntime int8", "openvino int8", "openvino nncf", "inductor int8")
@@ -70,18 +70,9 @@ def nncf(network: nn.Module, images: list[Tensor], folder: Path) -> Callable[[],
     import nncf
     import openvino
 
-    core = openvino.Core()
-    quantized = nncf.quantize(
-        core.read_model(exported(network, images[0][None], folder)), nncf.Dataset([image[None].numpy() for image in images])
-    )
-    options = {
-        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-        "INFERENCE_PRECISION_HINT": "bf16",
-        "PERFORMANCE_HINT": "LATENCY",
-    }
-    request = core.compile_model(quantized, "CPU", options).create_infer_request()
-    array = images[0][None].numpy()
-    return lambda: torch.from_numpy(request.infer([array], share_inputs=True, share_outputs=True)[0])
+    model = openvino.Core().read_model(exported(network, images[0][None], folder))
+    quantized = nncf.quantize(model, nncf.Dataset([image[None].numpy() for image in images]))
+    return call_openvino(quantized, images[0][None], torch.bfloat16)
 
 
 def speed(name: str, size: tuple[int, int], seconds: float) -> None:

@@ -1,4 +1,4 @@
-"""How near ds_conv's inference is to what the processor can do in float32: docs/cpu.md's table.
+"""How near ds_conv's inference is to what the processor can do in float32: a table on the terminal.
 
 python benchmarks/roofline.py
 

@@ -45,7 +45,7 @@ struct Counter {
 
 // Kernel sets, weakest first. `isa()` is the best that the processor has unless a test forced a weaker one.
 // avx512bf16 (with AVX512-VNNI) is avx512 but for the kernels that call SEGFAST_CALL_LOW, amx (of bfloat16 and bytes) is
-// avx512bf16 but for those that call SEGFAST_CALL_TILES.
+// avx512bf16 but for those that call SEGFAST_TILES_OR.
 enum class Isa : int { portable = 0, avx2 = 1, avx512 = 2, avx512bf16 = 3, amx = 4 };
 Isa isa();
 

@@ -135,7 +135,6 @@ def _pt2(path: Path) -> Artefact:
 
 
 def _pte(path: Path) -> Artefact:
-    need("executorch.runtime", f"load {path}", "executorch")
     try:
         run = Lite(path.read_bytes(), f"load {path}")
     except RuntimeError as error:

@@ -279,13 +279,19 @@ def make_openvino(network, images, dtype, folder) -> Call | str:
         return "not installed: pip install openvino onnxscript"
     import openvino
 
+    return call_openvino(openvino.Core().read_model(exported(network, images, folder)), images, dtype)
+
+
+def call_openvino(model, images, dtype) -> Call:
+    """An OpenVINO model on PyTorch's threads."""
+    import openvino
+
     options = {
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
         "INFERENCE_PRECISION_HINT": "f32" if dtype == torch.float32 else "bf16",
         "PERFORMANCE_HINT": "LATENCY",
     }
-    core = openvino.Core()
-    request = core.compile_model(core.read_model(exported(network, images, folder)), "CPU", options).create_infer_request()
+    request = openvino.Core().compile_model(model, "CPU", options).create_infer_request()
     array = images.numpy()
     return lambda: torch.from_numpy(request.infer([array], share_inputs=True, share_outputs=True)[0])
 
