@@ -33,7 +33,7 @@ TABLE = HERE / "docs" / "results" / "camvid.md"
 RECIPE = {
     "data": "camvid", "crop": (176, 240), "scale": (0.5, 2.0), "colour": 0.2, "steps": 5000, "batch": 8, "optimizer": "adamw",
     "learning_rate": 6e-3, "weight_decay": 1e-2, "warmup": 100, "class_weights": "balanced", "log_every": 50, "save_every": 250,
-    "device": "cpu",
+    "device": "cpu", "keep": True,
 }  # fmt: skip
 STUDENT = {"model": "fast_scnn", "model_options": {"width": 0.5}}
 TEACHER = {

@@ -111,6 +111,19 @@ def test_folder(plain):
     assert (ImageFolder(plain, num_classes=4, label_map={700: 2})[0][1] == 2).all()
 
 
+def test_kept_in_memory(plain):
+    once, data = ImageFolder(plain), ImageFolder(plain, keep=True)
+    want = [once[i] for i in range(len(once))]
+    first = [data[i] for i in range(len(data))]
+    first[0][0].zero_()  # what is handed out is nobody else's
+    for path in (*data.images, *data.labels):
+        path.unlink()
+    for (image, labels), (kept_image, kept_labels) in zip(want, [data[i] for i in range(len(data))], strict=True):
+        assert torch.equal(image, kept_image)
+        assert torch.equal(labels, kept_labels)
+        assert labels.dtype == kept_labels.dtype
+
+
 def test_damaged_files_are_named(plain):
     data = ImageFolder(plain)
     path = plain / "train" / "images" / "a.jpg"

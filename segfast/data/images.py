@@ -10,10 +10,20 @@ from PIL import Image
 from torch import Tensor
 
 
+def read_pixels(path: str | Path) -> Tensor:
+    """(3, H, W) uint8, RGB."""
+    with Image.open(path) as image:
+        return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+
+
 def read_image(path: str | Path) -> Tensor:
     """(3, H, W) float32 in [0, 1]."""
-    with Image.open(path) as image:
-        return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).float().div_(255)
+    return scaled(read_pixels(path))
+
+
+def scaled(pixels: Tensor) -> Tensor:
+    """Bytes to float32 in [0, 1]."""
+    return pixels.float().div_(255)
 
 
 def read_labels(path: str | Path) -> Tensor:

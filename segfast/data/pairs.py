@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from segfast.data.images import read_image, read_labels
+from segfast.data.images import read_labels, read_pixels, scaled
 
 IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 IGNORED = 255
@@ -38,6 +38,7 @@ class ImagePairs(Dataset):
         label_map: from a file's label to a class; a label that it does not name is ignored. None: the dataset's own.
         ignore_index: a label of the files that is ignored, besides the dataset's own; None: no further one.
         complete: False leaves images without a label map out, where True raises.
+        keep: what was read stays in memory, decoded: four bytes a pixel (seven with more than 255 classes).
 
     Items are (image (3, H, W) float32 in [0, 1], labels (H, W) int64 with 255 where ignored).
 
@@ -59,7 +60,9 @@ class ImagePairs(Dataset):
         label_map: Mapping[int, int] | None = None,
         ignore_index: int | None = None,
         complete: bool = True,
+        keep: bool = False,
     ):
+        self.kept: dict[int, tuple[Tensor, Tensor]] | None = {} if keep else None
         self.root, self.split, self.transform = Path(root), split, transform
         self.name = type(self).__name__
         self.files = listing = self.listing(self.root, split)
@@ -86,13 +89,23 @@ class ImagePairs(Dataset):
         return str(self.images[index])
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        image, labels = read(read_image, self.images[index]), self.classes_of(self.labels[index])
-        if image.shape[1:] != labels.shape:
+        pixels, labels = self.decoded(index)
+        image, labels = scaled(pixels), labels.long()
+        return self.transform(image, labels) if self.transform else (image, labels)
+
+    def decoded(self, index: int) -> tuple[Tensor, Tensor]:
+        """The image (3, H, W), bytes, and its classes (H, W), integers."""
+        if self.kept is not None and index in self.kept:
+            return self.kept[index]
+        pixels, labels = read(read_pixels, self.images[index]), self.classes_of(self.labels[index])
+        if pixels.shape[1:] != labels.shape:
             raise ValueError(
-                f"{self.name}: want labels of the image's size, got {tuple(image.shape[1:])} and {tuple(labels.shape)} "
+                f"{self.name}: want labels of the image's size, got {tuple(pixels.shape[1:])} and {tuple(labels.shape)} "
                 f"in {self.labels[index]}"
             )
-        return self.transform(image, labels) if self.transform else (image, labels)
+        if self.kept is not None:
+            self.kept[index] = pixels, labels.to(torch.uint8 if len(self.classes) <= 255 else torch.int32)
+        return pixels, labels
 
     def classes_of(self, path: Path) -> Tensor:
         """A label file's classes (H, W), 255 where ignored."""

@@ -34,6 +34,7 @@ class Config:
     label_map: str | None = option(None, 'Labels of the files to classes: "7:0,8:1" or a JSON file; others are ignored.')
     ignore_index: int | None = option(None, "A label of the files that is ignored, besides 255 and the dataset's own.")
     num_classes: int | None = option(None, "Number of classes, of a folder without classes.txt.")
+    keep: bool = option(False, "Keep decoded images in memory, four bytes a pixel, where a dataset has files.", free=True)
     images: int = option(512, "Scenes of the synthetic streets to train on.")
     val_images: int = option(64, "Scenes of the synthetic streets to evaluate on.")
     size: tuple[int, int] = option((96, 192), "H W of the synthetic streets.")

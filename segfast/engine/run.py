@@ -96,7 +96,9 @@ def make_dataset(config: Config, split: str, complete: bool = True):
         return kind(config.val_images if held_out else config.images, config.size, 2 * config.seed + held_out)
     options = {"num_classes": config.num_classes} if config.data == "folder" else {}
     label_map = read_label_map(config.label_map) if config.label_map else None
-    return kind(config.root, split, label_map=label_map, ignore_index=config.ignore_index, complete=complete, **options)
+    return kind(
+        config.root, split, label_map=label_map, ignore_index=config.ignore_index, complete=complete, keep=config.keep, **options
+    )
 
 
 def preprocess(model: nn.Module) -> Callable[[Tensor], Tensor]:
