@@ -105,7 +105,7 @@ def test_free_size(folder):
         assert (artefact(images) == want).float().mean() >= 0.999
 
 
-REFUSED_ONCE = ("icnet", "linknet", "semantic_fpn", "swiftnet_rn18", "swiftnet_rn18_pyramid")
+REFUSED_ONCE = ("fanet18", "icnet", "linknet", "semantic_fpn", "swiftnet_rn18", "swiftnet_rn18_pyramid")
 
 
 @pytest.mark.parametrize("name", random.Random(seed_of_commit() + 2).sample(REFUSED_ONCE, count(1, len(REFUSED_ONCE))))

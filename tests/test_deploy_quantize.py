@@ -148,7 +148,7 @@ def test_budget_keeps_the_costliest_layers(streets, monkeypatch):
     model, (images, _) = streets
     costs = {name: 1.0 + (name == "classifier.conv.1") for name in int8.layers(model)}
     monkeypatch.setattr(int8, "sensitivity", lambda *_, **__: dict(sorted(costs.items(), key=lambda item: -item[1])))
-    monkeypatch.setattr(int8, "static", lambda model, images, observer, kept, network: list(kept))
+    monkeypatch.setattr(int8, "static", lambda model, images, observer, kept, network, dynamic: list(kept))
 
     def score(run) -> float:
         return 0.9 if run is model else 0.9 - sum(cost for name, cost in costs.items() if name not in run) / 100
@@ -209,6 +209,35 @@ def test_onnx(streets, quantized, tmp_path):
     classes = deploy.load(tmp_path / "a.onnx").run(images[:1])
     with torch.no_grad():
         assert (classes == quantized(images[:1]).argmax(1)).float().mean() > 0.99
+
+
+@pytest.mark.parametrize("name", ["fast_scnn", *networks(0)][: count(1, 1 + len(segfast.list_models()))])
+def test_free_size(name, tmp_path):
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("onnxruntime")
+    torch.manual_seed(0)
+    model = segfast.create_model(name, 3)
+    with torch.no_grad():
+        model(torch.randn(2, 3, *SIZE))
+    model.eval()
+    images = list(torch.randn(8, 3, *SIZE))
+    quantized = deploy.quantize(model, images, observer="min-max", dynamic=True, network={"model": name, "num_classes": 3})
+    again = deploy.load_quantized(deploy.save_quantized(quantized, tmp_path / "a.safetensors"))
+    deploy.quantize_onnx(quantized, tmp_path / "a.onnx")
+    artefact = deploy.load(tmp_path / "a.onnx")
+    assert artefact.about["size"] is None
+    for x in (torch.randn(2, 3, 129, 200), torch.randn(1, 3, 33, 50)):
+        with torch.no_grad():
+            want = quantized(x)
+            assert torch.equal(again(x), want)
+        assert (artefact.run(x) == want.argmax(1)).float().mean() > 0.97
+
+
+def test_free_size_is_compared_with_the_network(streets, monkeypatch):
+    model, _ = streets
+    monkeypatch.setattr(int8.export, "TOLERANCE", 0.0)
+    with pytest.raises(ValueError, match=r"quantize: fast_scnn gives other numbers.*dynamic=False"):
+        int8.prepare(model, SIZE, "min-max", (), True)
 
 
 def test_aware_learns(streets):
@@ -278,6 +307,8 @@ def test_command(streets, tmp_path, mode):
         half, _ = load_network(out)
         for name, x in half.state_dict().items():
             torch.testing.assert_close(x, model.state_dict()[name], rtol=1e-2, atol=1e-3)
+    if mode in ("bf16", "weights"):
+        assert "any size as it is" in call("quantize", run, out, "--mode", mode, "--dynamic").output
     assert call("quantize", run, out, "--mode", "dynamic").exit_code == 2
     assert "linear layers" in call("quantize", run, out, "--mode", "dynamic").output
 

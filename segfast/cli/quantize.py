@@ -38,6 +38,7 @@ def quantize(
     observer: Annotated[str, typer.Option(help="Ranges of activations: mse, percentile or min-max.")] = "mse",
     images: Annotated[int, typer.Option(min=1, help="Training images to calibrate with.")] = 32,
     max_drop: Annotated[float | None, typer.Option(help="Points of mIoU to lose at most; costly layers stay in float.")] = None,
+    dynamic: Annotated[bool, typer.Option(help="Batch, height and width are free (static, aware).")] = False,
     steps: Annotated[int, typer.Option(min=1, help="Of quantisation-aware training.")] = 200,
     batch: Annotated[int, typer.Option(min=1, help="Of quantisation-aware training.")] = 4,
     learning_rate: Annotated[float, typer.Option(help="Of quantisation-aware training.")] = 2e-4,
@@ -62,6 +63,8 @@ def quantize(
             raise ValueError(f"want a mode among {', '.join(MODES)}, got {mode!r}{dynamic}")
         if out.suffix not in (".safetensors", ".onnx") or (out.suffix == ".onnx" and mode not in ("static", "aware")):
             raise ValueError(f"want a .safetensors file, or .onnx with mode static or aware, got {out} with {mode}")
+        if dynamic and mode not in ("static", "aware"):
+            raise ValueError(f"want mode static or aware with --dynamic, got {mode}: its file takes images of any size as it is")
         if config is None and weights.is_dir() and (weights / "config.yaml").is_file():
             config = weights / "config.yaml"
         given = {"data": data, "root": root}
@@ -81,7 +84,7 @@ def quantize(
 
         step = max(1, len(train_set) // images)
         calibration = [prepare(train_set[i][0][None])[0] for i in range(0, len(train_set), step)][:images]
-        options = {"observer": observer, "network": about}
+        options = {"observer": observer, "network": about, "dynamic": dynamic}
         table = {"float": (model, checkpoint_size(model.state_dict()))}
         for name in ("bf16", "fp16") if mode == "fp16" else ("bf16",):
             table[name] = q.half(model, HALVES[name]), checkpoint_size(model.state_dict(), HALVES[name])

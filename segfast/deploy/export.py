@@ -28,6 +28,10 @@ OPSET = 20
 ONNX = ("onnx", "onnxscript", "onnxruntime")
 TOLERANCE = 1e-4  # of float logits, relative to the largest
 AGREEMENT = 0.999  # of the pixels of class maps
+FREE = (
+    200,
+    264,
+)  # H and W at least, of the images that graphs of free size are traced with: no map has one row, taken for the rule
 
 # What TensorRT's ONNX parser takes since release 8.4 (onnx-tensorrt, docs/operators.md of that release), as far as segmentation
 # networks come near it. Later releases take more.
@@ -182,8 +186,7 @@ def export_onnx(
         model: a network of `segfast.models` in evaluation mode; its input is what `model.preprocessing` makes of an image.
         path: of the file; it appears whole or not at all.
         size: (H, W) of the images.
-        dynamic: batch, H and W are free; `size` is then an example. Not every network is exact at sizes that are free: those are
-            refused (see Raises).
+        dynamic: batch, H and W are free; `size` is then an example. A network that is not exact at other sizes is refused.
         head: resize and argmax are inside, the output is a class map.
         opset: of ONNX, 18 or later.
         network: what a weights file says of its network, for the metadata; None: the name and number of classes.
@@ -400,9 +403,7 @@ def _program(model: nn.Module, size: tuple[int, int], dynamic: bool, head: bool,
         raise RuntimeError(f"{what}: want {model.name} in evaluation mode: call .eval() first")
     if len(size) != 2 or min(size) < model.min_size:
         raise ValueError(f"{what}: want a size (H, W) of at least {model.min_size} for {model.name}, got {tuple(size)}")
-    weight = next(model.parameters())
-    images = torch.randn(2 if dynamic else 1, 3, *size, device=weight.device, dtype=weight.dtype)
-    free = ({axis: torch.export.Dim.AUTO for axis in (0, 2, 3)},) if dynamic else None
+    images, free = traced_with(model, size, dynamic)
     entered: list[str] = []
     wrapped = ClassMap(model) if head else model
     with _entering(model, entered), _quiet(), torch.no_grad():
@@ -415,6 +416,15 @@ def _program(model: nn.Module, size: tuple[int, int], dynamic: bool, head: bool,
                 f"{what}: cannot export the layer {layer!r} ({type(model.get_submodule(layer)).__name__ if entered else layer}): "
                 f"{_first_line(error)}. Want tensor operations alone, no control flow on values: replace the layer.{hint}"
             ) from error
+
+
+def traced_with(model: nn.Module, size: tuple[int, int], dynamic: bool) -> tuple[Tensor, tuple | None]:
+    """Images to trace with, and which of their axes are free, as torch.export wants to be told."""
+    weight = next((x for x in model.parameters() if x.is_floating_point()), torch.empty(0))
+    like = {"device": weight.device, "dtype": weight.dtype}
+    if not dynamic:
+        return torch.randn(1, 3, *size, **like), None
+    return torch.randn(2, 3, *map(max, size, FREE), **like), ({axis: torch.export.Dim.AUTO for axis in (0, 2, 3)},)
 
 
 @contextlib.contextmanager

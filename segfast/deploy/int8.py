@@ -1,8 +1,8 @@
 """int8 through torchao's PT2E flow, with the layers that cost too much kept in float, and training that knows of the rounding.
 
 Weights are int8 a channel, symmetric; activations uint8 a tensor, with ranges from calibration images. BatchNorms are folded.
-What comes out is an ATen graph at one image size, which PyTorch runs, torch.compile turns into oneDNN's int8 kernels, and ONNX
-takes as QuantizeLinear and DequantizeLinear pairs.
+What comes out is an ATen graph at one image size or at any, which PyTorch runs, segfast.optimize puts on int8 kernels of ours,
+torch.compile on oneDNN's, and ONNX takes as QuantizeLinear and DequantizeLinear pairs.
 """
 
 from __future__ import annotations
@@ -37,11 +37,13 @@ Score = Callable[[Callable[[Tensor], Tensor]], float]
 class Quantized(nn.Module):
     """An int8 network: images (N, 3, H, W) of its size, as `model.preprocessing` makes them, to logits of that size.
 
+    One that was made with `dynamic=True` takes images of any size.
+
     It computes in float between roundings; `segfast.optimize(quantized)` runs it on int8 kernels.
 
     Attributes:
         graph: ATen operators with quantised convolutions; one image in, logits at their own stride out.
-        about: network, preprocessing, size, align_corners, observer, layers in float.
+        about: network, preprocessing, size, whether others do too, align_corners, observer, layers in float.
     """
 
     def __init__(self, graph: nn.Module, about: Mapping, preprocessing):
@@ -64,6 +66,8 @@ class Quantized(nn.Module):
         Raises:
             ValueError: images of another size.
         """
+        if self.about["dynamic"]:
+            return self.graph(images)
         if tuple(images.shape[1:]) != (3, *self.about["size"]):
             raise ValueError(f"quantized: want images (N, 3, {self.about['size']}), got {tuple(images.shape)}")
         return torch.cat([self.graph(image[None]) for image in images])
@@ -104,6 +108,7 @@ def quantize(
     keep: Iterable[str] = (),
     score: Score | None = None,
     max_drop: float | None = None,
+    dynamic: bool = False,
     network: Mapping | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> Quantized:
@@ -118,12 +123,13 @@ def quantize(
         score: gives the mIoU, 0 to 1, of a function from images to logits of their size; needed for `max_drop`.
         max_drop: the most that int8 may lose, in points of mIoU. Layers are kept in float, the costliest by `sensitivity` first,
             one, then twice as many, until it holds.
+        dynamic: the result takes images of any size, not only the calibration's.
         network: what a weights file says of its network, to be saved.
         say: called with lines about what was tried.
 
     Raises:
         ValueError: too few images, sizes that differ, an activation that is not finite (the layer is named), a `keep` that
-            names no layer; or no choice of layers holds `max_drop`.
+            names no layer; or no choice of layers holds `max_drop`; or, with `dynamic`, the network is not exact at other sizes.
         ImportError: torchao is missing.
     """
     need("torchao", "quantize", "deploy")
@@ -137,7 +143,7 @@ def quantize(
     if max_drop is not None and score is None:
         raise ValueError("quantize: want a score with max_drop, got none")
     ranges(model, images)
-    quantized = static(model, images, observer, kept, network)
+    quantized = static(model, images, observer, kept, network, dynamic)
     if max_drop is None:
         return quantized
     exact = score(model)
@@ -152,7 +158,7 @@ def quantize(
     count = 1
     while order:
         chosen = kept + order[:count]
-        quantized = static(model, images, observer, chosen, network)
+        quantized = static(model, images, observer, chosen, network, dynamic)
         loss = 100 * (exact - score(quantized))
         say(f"{len(chosen)} layers in float: {exact - loss / 100:.4f}")
         if loss <= max_drop:
@@ -163,20 +169,23 @@ def quantize(
     raise ValueError(f"quantize: int8 loses {loss:.2f} points of mIoU with all layers in float: want a larger max_drop")
 
 
-def static(model: nn.Module, images: list[Tensor], observer: str, kept: Sequence[str], network: Mapping | None) -> Quantized:
+def static(
+    model: nn.Module, images: list[Tensor], observer: str, kept: Sequence[str], network: Mapping | None, dynamic: bool
+) -> Quantized:
+    """The int8 network of images that are known to be good."""
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e
 
-    prepared = prepare(model, tuple(images[0].shape[1:]), observer, kept)
+    prepared = prepare(model, tuple(images[0].shape[1:]), observer, kept, dynamic)
     with torch.no_grad():
         for image in images:
             prepared(image[None])
     graph = convert_pt2e(prepared)
     about = export.describe(model, images[0].shape[1:], False, network, None, "segfast.deploy.quantize")
-    about |= {"quantized": "static int8", "observer": observer, "float_layers": list(kept)}
+    about |= {"quantized": "static int8", "observer": observer, "float_layers": list(kept), "dynamic": dynamic}
     return Quantized(graph, about, model.preprocessing)
 
 
-def prepare(model: nn.Module, size: tuple[int, int], observer: str, kept: Sequence[str]) -> nn.Module:
+def prepare(model: nn.Module, size: tuple[int, int], observer: str, kept: Sequence[str], dynamic: bool) -> nn.Module:
     """The network's graph with an observer at every range."""
     from torchao.quantization.pt2e import MinMaxObserver
     from torchao.quantization.pt2e.observer import HistogramObserver
@@ -197,8 +206,12 @@ def prepare(model: nn.Module, size: tuple[int, int], observer: str, kept: Sequen
     quantizer = x86.X86InductorQuantizer().set_global(config)
     for name in kept:
         quantizer.set_module_name_qconfig(f"network.{name}", None)
+    images, free = export.traced_with(model, size, dynamic)
     with torch.no_grad(), export._quiet():
-        program = torch.export.export(Logits(model), (torch.zeros(1, 3, *size),)).module()
+        # What holds of the sizes traced with need not of others; whether the graph does is seen by running it.
+        program = torch.export.export(Logits(model), (images,), dynamic_shapes=free).module(check_guards=not dynamic)
+        if dynamic:
+            export.check(model, lambda x: resize(program(x), x.shape[2:], model.align_corners), size, True, False, "quantize")
         tell_calls_apart(program.graph)
         return prepare_pt2e(program, quantizer)
 
@@ -356,6 +369,7 @@ def quantize_aware(
     learning_rate: float = 2e-4,
     observer: str = "mse",
     keep: Iterable[str] = (),
+    dynamic: bool = False,
     network: Mapping | None = None,
     progress: Callable[[int, dict[str, float]], None] | None = None,
 ) -> Quantized:
@@ -368,7 +382,7 @@ def quantize_aware(
         steps: of AdamW.
         method: of distillation, see `segfast.distill.list_methods()`.
         learning_rate: the peak.
-        observer, keep, network: as in `quantize`.
+        observer, keep, dynamic, network: as in `quantize`.
         progress: as in `segfast.engine.train`.
 
     Raises:
@@ -386,7 +400,7 @@ def quantize_aware(
         train(
             Features(student, freeze_bn=True), loader, lambda _, x, labels: learner(x, labels), optimizer, steps, poly(), progress
         )
-    return quantize(student.eval(), images, observer=observer, keep=keep, network=network)
+    return quantize(student.eval(), images, observer=observer, keep=keep, dynamic=dynamic, network=network)
 
 
 def save_quantized(quantized: Quantized, path: str | Path, miou: float | None = None) -> Path:
@@ -408,8 +422,9 @@ def load_quantized(path: str | Path) -> Quantized:
         raise ValueError(f"{path} holds no int8 network: want a file that `segfast quantize` wrote")
     need("torchao", "load_quantized", "deploy")
     model = Network(**about["network"]).build().eval()
+    about = {"dynamic": False, **about}  # files of before there were others
     images = [torch.zeros(3, *about["size"])]
-    quantized = static(model, images, "min-max", about["float_layers"], about["network"])
+    quantized = static(model, images, "min-max", about["float_layers"], about["network"], about["dynamic"])
     own = read_tensors(quantized.graph)
     tensors |= {name: torch.zeros_like(own[name]) for name in about["zero"]}
     for node, (scale, zero) in zip(activation_nodes(quantized.graph), about["activations"], strict=True):
@@ -444,8 +459,8 @@ def quantize_onnx(
 ) -> export.Exported:  # fmt: skip
     """The PT2E graph as ONNX with QuantizeLinear and DequantizeLinear pairs and int8 weights.
 
-    ONNX Runtime's result is compared with the graph's: rounding falls differently on a few activations, so 99 % of the pixels of
-    the class map must agree.
+    Its sizes are free if the network was quantised so. ONNX Runtime's result is compared with the graph's, then at a second, odd
+    size too: rounding falls differently on a few activations, so 99 % of the pixels of the class map must agree.
 
     Raises:
         ValueError, ImportError: as `segfast.deploy.export_onnx`.
@@ -453,15 +468,19 @@ def quantize_onnx(
     path = Path(path)
     for package in export.ONNX:
         need(package, "quantize_onnx", "deploy")
-    size = tuple(quantized.about["size"])
+    size, dynamic = tuple(quantized.about["size"]), quantized.about["dynamic"]
     whole = Classes(quantized, head)
-    images = torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(0))
+    example, free = export.traced_with(whole, size, dynamic)
+    about = {**quantized.about, "size": None if dynamic else size, "head": head, "miou": miou, "made": made}
     with export._quiet(), torch.no_grad():
-        program = torch.export.export(whole, (images,))
-        translated = export.Translated(program, opset, {**quantized.about, "head": head, "miou": miou, "made": made})
-        want = whole(images)
-    got = Session(translated.content, "quantize_onnx")(images)
-    agreement = float(((got if head else got.argmax(1)) == (want if head else want.argmax(1))).float().mean())
+        translated = export.Translated(torch.export.export(whole, (example,), dynamic_shapes=free), opset, about)
+    run, agreement = Session(translated.content, "quantize_onnx"), 1.0
+    generator = torch.Generator().manual_seed(0)
+    for at in (size, (size[0] + 33, size[1] + 51)) if dynamic else (size,):
+        images = torch.randn(1, 3, *at, generator=generator)
+        with torch.no_grad():
+            classes = [y if head else y.argmax(1) for y in (run(images), whole(images))]
+        agreement = min(agreement, float((classes[0] == classes[1]).float().mean()))
     if agreement < 0.99:
         raise ValueError(
             f"quantize_onnx: want 99 % of the pixels as PyTorch's int8 has them, got {agreement:.2%}; nothing written"
