@@ -31,11 +31,11 @@ TABLE = HERE / "docs" / "results" / "camvid.md"
 
 # The same schedule for every student. Evaluation is at the frames' full size, once, at the end: no run picks its best moment.
 RECIPE = {
-    "data": "camvid", "crop": (176, 240), "scale": (0.5, 2.0), "colour": 0.2, "steps": 5000, "batch": 8, "optimizer": "adamw",
+    "data": "camvid", "crop": (176, 240), "scale": (0.5, 2.0), "colour": 0.2, "steps": 1500, "batch": 8, "optimizer": "adamw",
     "learning_rate": 6e-3, "weight_decay": 1e-2, "warmup": 100, "class_weights": "balanced", "log_every": 50, "save_every": 250,
     "device": "cpu", "keep": True,
 }  # fmt: skip
-STUDENT = {"model": "fast_scnn", "model_options": {"width": 0.5}}
+STUDENT = {"model": "contextnet"}
 TEACHER = {
     "model": "semantic_fpn", "backbone": "efficientnet_lite0", 
     "model_options": {"pyramid_channels": 64, "head_channels": 64, "bn_eps": 1e-3, "pad_type": "same"},
@@ -173,7 +173,13 @@ def read(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
 
-KEY = ("run", "seed", "steps", "processor")  # one machine's rounding is another's: a run there does not stand for one here
+KEY = (
+    "run",
+    "seed",
+    "steps",
+    "processor",
+    "model",
+)  # one machine's rounding is another's: a run there does not stand for one here
 
 
 def append(path: Path, entry: dict) -> None:
@@ -183,7 +189,7 @@ def append(path: Path, entry: dict) -> None:
 
 
 def rows(entries: list[dict]) -> list[str]:
-    """The table of one processor."""
+    """The table of one processor and student."""
     alone = [e["miou"] for e in entries if e["run"] == "alone"]
     lines = ["| run | mIoU | gain | seed: mIoU | parameters | minutes of training |", "|---|---|---|---|---|---|"]
     for run, label in LABELS.items():
@@ -215,13 +221,23 @@ def table(entries: list[dict]) -> str:
         "",
     ]
     students = [e for e in entries if e["run"] != "teacher"]
-    for processor, steps in sorted({(e["processor"], e["steps"]) for e in students}, key=lambda key: (key[0], -key[1])):
-        own = [e for e in students if (e["processor"], e["steps"]) == (processor, steps)]
+    tables = {(e["model"], e["parameters"], e["processor"], e["steps"]) for e in students}
+    for model, parameters, processor, steps in sorted(tables, key=lambda key: (key[0], key[2], -key[3])):
+        of = (model, parameters, processor, steps)
+        own = [e for e in students if (e["model"], e["parameters"], e["processor"], e["steps"]) == of]
         own += [e for e in entries if e["run"] == "teacher" and e["processor"] == processor]
         settings = sorted({f"{e['threads']} threads, torch {e['torch']}" for e in own})
         recipes = {e["recipe"] for e in own if e["run"] != "teacher"}
         note = ["Runs of different recipes are among them: the rows do not compare.", ""] if len(recipes) > 1 else []
-        text += [f"## {processor}, {steps:,} steps", "", "; ".join(settings) + ".", "", *note, *rows(own), ""]
+        text += [
+            f"## {model} of {parameters:,} parameters, {steps:,} steps, {processor}",
+            "",
+            "; ".join(settings) + ".",
+            "",
+            *note,
+            *rows(own),
+            "",
+        ]
     text += [ANALYSIS]
     if commands:
         text += ["", "## Commands", "", "```", *commands, "```"]

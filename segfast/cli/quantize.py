@@ -88,7 +88,7 @@ def quantize(
         table = {"float": (model, checkpoint_size(model.state_dict()))}
         for name in ("bf16", "fp16") if mode == "fp16" else ("bf16",):
             table[name] = q.half(model, HALVES[name]), checkpoint_size(model.state_dict(), HALVES[name])
-        quantized = None
+        quantized, files = None, {}
         if mode == "aware":
             stream = Stream(train_set, Augment(settings.crop, settings.scale, settings.flip, 0.0), settings.seed)
             loader = DataLoader(Subset(stream, range(steps * batch)), batch, generator=torch.Generator())
@@ -110,8 +110,15 @@ def quantize(
             if out.suffix == ".onnx":
                 with tempfile.TemporaryDirectory() as folder:
                     sizes["int8"] = deploy.save_quantized(quantized, Path(folder) / "a.safetensors").stat().st_size
+                    whole = deploy.export_onnx(
+                        model, Path(folder) / "a.onnx", quantized.about["size"], dynamic=dynamic, head=True
+                    )
                 done = deploy.quantize_onnx(quantized, out, miou=scores["int8"], made=made)
-                reporter.say(f"{out}: {done.agreement:.2%} of the pixels as PyTorch's int8; {done.bytes / 1e6:.2f} MB")
+                files = {"float": whole.bytes, "int8": done.bytes}
+                reporter.say(
+                    f"{out}: {done.agreement:.2%} of the pixels as PyTorch's int8; {done.bytes / 1e6:.2f} MB, "
+                    f"{whole.bytes / done.bytes:.2f} times smaller than the float network's {whole.bytes / 1e6:.2f} MB"
+                )
                 if done.refused:
                     reporter.say(f"TensorRT's parser does not take: {', '.join(done.refused)}")
             else:
@@ -127,7 +134,9 @@ def quantize(
         show(scores, sizes, times)
         if report is not None:
             entries = {name: {"miou": scores[name], "bytes": sizes[name], "milliseconds": times[name]} for name in scores}
-            checkpoint.write(report, json.dumps({**about, "mode": mode, "made": made, "table": entries}, indent=1) + "\n")
+            checkpoint.write(
+                report, json.dumps({**about, "mode": mode, "made": made, "table": entries, "onnx": files}, indent=1) + "\n"
+            )
         reporter.say(f"wrote {out}: {out.stat().st_size / 1e6:.2f} MB")
 
 
@@ -155,10 +164,12 @@ def milliseconds(run: Callable, image: torch.Tensor, runs: int) -> float | None:
 
 
 def show(scores: dict, sizes: dict, times: dict) -> None:
-    table = Table("weights", "mIoU", "difference", "MB", "ms", title=f"{torch.get_num_threads()} threads", title_justify="left")
+    columns = ("weights", "mIoU", "difference", "MB", "times smaller", "ms")
+    table = Table(*columns, title=f"{torch.get_num_threads()} threads", title_justify="left")
     for name, value in scores.items():
         ms = "–" if times[name] is None else f"{times[name]:.1f}"
-        table.add_row(name, f"{value:.4f}", f"{100 * (value - scores['float']):+.2f}", f"{sizes[name] / 1e6:.2f}", ms)
+        size = f"{sizes[name] / 1e6:.2f}", f"{sizes['float'] / sizes[name]:.2f}"
+        table.add_row(name, f"{value:.4f}", f"{100 * (value - scores['float']):+.2f}", *size, ms)
     Console().print(table)
 
 
