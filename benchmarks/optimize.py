@@ -210,7 +210,8 @@ def text(results: dict) -> str:
     parts += [
         "## Memory",
         "",
-        "MB that three calls add at their peak, each way in a process of its own, its weights ready before.",
+        "MB that three calls add at their peak, each way in a process of its own, its weights ready before. Maps between "
+        "steps share one block; results of oneDNN's and PyTorch's own operators lie beside it.",
         "",
     ]
     parts += [table(["row", "segfast", *PEERS, "segfast over the least"], cells), ""]

@@ -116,6 +116,11 @@ std::map<std::string, int64_t> kernel_calls() {
 
 Isa isa() { return chosen.load(std::memory_order_relaxed); }
 
+Place& next_place() {
+  thread_local Place place;
+  return place;
+}
+
 }  // namespace segfast
 
 PYBIND11_MODULE(_C, m) {
@@ -127,5 +132,9 @@ PYBIND11_MODULE(_C, m) {
         "Force a kernel set (for tests); \"auto\" takes the best.");
   m.def("advise_huge_pages", pybind11::overload_cast<uintptr_t, uintptr_t>(&segfast::advise_huge_pages), pybind11::arg("address"),
         pybind11::arg("bytes"), "Ask the system for large pages behind memory that has not been touched yet; elsewhere nothing.");
+  m.def(
+      "place_next", [](uintptr_t address, int64_t bytes) { segfast::next_place() = {reinterpret_cast<void*>(address), bytes}; },
+      pybind11::arg("address"), pybind11::arg("bytes"),
+      "Put this thread's next result of exactly so many bytes at an address; it does not own that memory. 0 bytes: nowhere.");
   m.def("kernel_calls", &segfast::kernel_calls, "{op: how many times its compiled kernels ran in this process}.");
 }

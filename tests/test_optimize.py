@@ -10,6 +10,7 @@ import random
 import re
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from torch.utils._pytree import tree_leaves
 import segfast
 from segfast import ops
 from segfast.nn import ConvBNAct, DSConv, InvertedResidual, ShuffleV1Unit, ShuffleV2Unit
+from segfast.optimize import _memory
 
 GOLDEN = Path(__file__).with_name("optimize.json")
 EPS = {torch.float32: 1.2e-7, torch.bfloat16: 7.8e-3}
@@ -32,6 +34,14 @@ EPS = {torch.float32: 1.2e-7, torch.bfloat16: 7.8e-3}
 def one_thread(restore):
     """Networks of this size are no work for two threads, which in a busy test run wait for each other at every layer."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def small_maps_have_places():
+    """The maps here are smaller than those that a place is worth it for."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_memory, "LEAST", 1)
+        yield
 
 
 def randomised(model: nn.Module) -> nn.Module:
@@ -514,6 +524,90 @@ def test_threads_share_one():
         thread.join()
     assert not failures, failures[0]
     assert len(optimized._programs) == 2
+
+
+class Loose(nn.Module):
+    """Results that are maps, views of maps and maps that others are made of; a view that is read when its map no longer is."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c, self.d = (randomised(ConvBNAct(c, 32, 1)) for c in (3, 32, 32, 32))
+
+    def forward(self, x):
+        a = self.a(x)
+        held = a.flatten(1)
+        b = self.b(a)
+        c = self.c(b)
+        d = self.d(c) + c
+        return {"map": b, "view": d.permute(0, 2, 3, 1)[:, 1:], "whole": d.view(-1), "held": held * 2}
+
+
+def test_results_are_the_callers():
+    """What a call gave does not change with the next one, and lies in no block."""
+    torch.manual_seed(0)
+    model = Loose().eval()
+    optimized, images = segfast.optimize(model), [torch.randn(1, 3, 12, 16) for _ in range(3)]
+    with torch.no_grad():
+        expected = [model(x) for x in images]
+    got = [optimized(x) for x in images]
+    for have, want in zip(got, expected):
+        for name in want:
+            torch.testing.assert_close(have[name], want[name], rtol=1e-5, atol=1e-5)
+
+
+def places(optimized) -> list[tuple[str, int, int, int, int]]:
+    """(name, first byte, last byte, step that makes it, last step that reads it) of each map in the block, by running it."""
+    program = next(reversed(optimized._programs.values()))
+    plan = _memory.Plan(SimpleNamespace(outputs=[program.steps[-1][0].output]), program.steps)
+    spans = []
+    for op, (offset, size) in plan.places.items():
+        born = next(n for n, (step, *_) in enumerate(program.steps) if step.output is op)
+        read = max((n for n, (*_, inputs) in enumerate(program.steps) if op in inputs), default=born)
+        spans.append((op.name, offset, offset + size, born, read))
+    return spans
+
+
+@pytest.mark.skipif(_memory.place_next is None, reason="needs the compiled kernels")
+def test_maps_share_a_block(monkeypatch):
+    """No two that are needed at a time overlap, the block is smaller than their sum, and the bits are those of maps apart."""
+    torch.manual_seed(0)
+    model, images = randomised(segfast.create_model("fast_scnn", 5, width=0.5)), torch.randn(1, 3, 64, 96)
+    optimized = segfast.optimize(model, images)
+    spans = places(optimized)
+    assert len(spans) > 10
+    for i, (_, start, end, born, read) in enumerate(spans):
+        for _, other_start, other_end, other_born, other_read in spans[:i]:
+            assert end <= other_start or other_end <= start or read < other_born or other_read < born
+    assert 2 * max(end for _, _, end, *_ in spans) < sum(end - start for _, start, end, *_ in spans)
+    monkeypatch.setattr(_memory, "LEAST", 1 << 40)
+    apart = segfast.optimize(model, images)
+    assert places(apart) == []
+    assert torch.equal(apart(images), optimized(images))
+
+
+@pytest.mark.skipif(_memory.place_next is None, reason="needs the compiled kernels")
+def test_a_failed_call_leaves_no_place():
+    """What comes after in the thread allocates for itself, and the block is there for the next call."""
+    model = randomised(nn.Sequential(ConvBNAct(3, 32, 1), ConvBNAct(32, 32, 1), nn.Conv2d(32, 2, 1)))
+    images = torch.randn(1, 3, 16, 16)
+    optimized = segfast.optimize(model, images)
+    assert len(places(optimized)) == 2
+    want = optimized(images)
+    program = next(iter(optimized._programs.values()))
+    namespace, blocks = program.run.__globals__, len(_memory._free)
+
+    def fails(*_):
+        raise RuntimeError("no")
+
+    second, namespace["f1"] = namespace["f1"], fails
+    with pytest.raises(RuntimeError, match="no"):
+        optimized(images)
+    namespace["f1"] = second
+    assert len(_memory._free) == blocks
+    block = _memory._free[-1]
+    y = ops.channel_shuffle(torch.randn(1, 32, 16, 16), 2)  # as many bytes as the map that was not made
+    assert not block.data_ptr() <= y.data_ptr() < block.data_ptr() + block.numel()
+    assert torch.equal(optimized(images), want)
 
 
 def resident() -> int:

@@ -1,4 +1,4 @@
-"""The private inference ops on maps (concat_affine, resize, repeat_pixels, packed_conv_transpose), by the error rule."""
+"""The private inference ops on maps (concat_affine, resize, max_pool and the like, packed_conv_transpose), by the error rule."""
 
 from __future__ import annotations
 
@@ -100,6 +100,28 @@ def test_repeat_pixels(kernel_set, dtype):  # noqa: F811
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_max_pool(kernel_set, dtype):  # noqa: F811
+    """The bits of PyTorch's, NaN and infinities among them."""
+    torch.manual_seed(0)
+    cases = [  # shape, kernel, stride, padding, dilation, ceil_mode
+        ((2, 19, 9, 13), (3, 3), (2, 2), (1, 1), (1, 1), False),
+        ((1, 64, 8, 6), (2, 2), (2, 2), (0, 0), (1, 1), True),
+        ((1, 33, 7, 5), (3, 2), (1, 2), (1, 0), (2, 1), True),
+        ((1, 3, 5, 5), (5, 5), (5, 5), (2, 2), (1, 1), False),
+        ((0, 4, 6, 6), (2, 2), (2, 2), (0, 0), (1, 1), False),
+    ]
+    for shape, *geometry, ceil_mode in cases:
+        x = torch.randn(shape).to(dtype)
+        if x.numel():
+            x[0, 1, 2, 3], x[0, 0, 1, 1], x[0, 2] = float("nan"), float("inf"), float("-inf")
+        want = F.max_pool2d(x, *geometry, ceil_mode)
+        for layout in (last, torch.Tensor.contiguous):
+            y = same_on_two_threads(lambda: OPS.max_pool(layout(x), want.shape[2:], *geometry))  # noqa: B023
+            assert torch.equal(y.nan_to_num(7.0), want.nan_to_num(7.0))
+            assert y.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     "shape", [(2, 6, 19, 5, 7, 2, 2), (1, 64, 8, 3, 40, 2, 2), (1, 4, 33, 2, 3, 3, 1), (1, 18, 1, 9, 4, 1, 4)], ids=str
 )
@@ -161,6 +183,8 @@ def test_wrong_arguments_raise():
         ("float32 or bfloat16", lambda: OPS.resize(x.double(), (5, 5), False, True)),
         ("sizes", lambda: OPS.resize(x, (0, 5), False, True)),
         ("factors", lambda: OPS.repeat_pixels(x, 0, 1)),
+        ("float32 or bfloat16", lambda: OPS.max_pool(x.double(), pair, pair, pair, zeros, ones)),
+        ("two numbers", lambda: OPS.max_pool(x, pair, [2], pair, zeros, ones)),
         ("stride of the kernel", lambda: OPS.packed_conv_transpose(x, packed, ones, zeros, ones, 0)),
         ("stride of the kernel", lambda: OPS.packed_conv_transpose(x, packed, pair, ones, ones, 0)),
         ("even", lambda: OPS.packed_conv_transpose(torch.randn(1, 5, 2, 2).bfloat16(), odd, pair, zeros, ones, 0)),

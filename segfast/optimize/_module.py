@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from segfast.optimize._capture import Capture, Graph, NotCaptured, Op, capture, key
+from segfast.optimize._memory import Plan, borrow, give_back, place_next
 from segfast.optimize._nodes import Builder, Weights
 from segfast.optimize._patterns import Aten, Step, match
 
@@ -106,18 +107,26 @@ class Program:
             calls.append((f"f{number}", inputs, step.output))
         for op, tensor in graph.tensors.items():
             namespace[f"k{id(op)}"] = tensor
+        plan = Plan(graph, self.steps)
+        namespace |= {"borrow": borrow, "give_back": give_back, "place": place_next}
         last: dict[Op, int] = {}
         for number, (_, inputs, output) in enumerate(calls):
             last.update(dict.fromkeys([*inputs, output], number))
         kept = {o for o in graph.outputs if isinstance(o, Op)} | set(graph.tensors)
         self.done: list[list[Op]] = [[op for op, end in last.items() if end == n and op not in kept] for n in range(len(calls))]
-        lines = [f"def program({', '.join(names[op] for op in graph.inputs)}):"]
+        lines, told = [], False
         for number, (run, inputs, output) in enumerate(calls):
+            if output in plan.places:
+                offset, size = plan.places[output]
+                lines.append(f"place(memory + {offset}, {size})")
+            elif told:  # a place that its kernel did not take is no other's
+                lines.append("place(0, 0)")
+            told = output in plan.places
             arguments = ", ".join(names[op] if op in names else f"k{id(op)}" for op in inputs)
-            lines.append(f"    {names[output]} = {run}({arguments})")
+            lines.append(f"{names[output]} = {run}({arguments})")
             done = [names[op] for op in self.done[number] if op in names]
             if done:
-                lines.append(f"    {' = '.join(done)} = None")
+                lines.append(f"{' = '.join(done)} = None")
         results = []
         namespace["classes"] = builder.class_dtype
         for position, output in enumerate(graph.outputs):
@@ -128,8 +137,13 @@ class Program:
             result = names.get(output, f"k{id(output)}")
             cast = builder.class_dtype is not None and output.dtype == torch.int64
             results.append(f"{result}.to(classes)" if cast else result)
-        lines.append(f"    return [{', '.join(results)}]")
-        exec("\n".join(lines), namespace)
+        lines.append(f"return [{', '.join(results)}]")
+        if plan.bytes:
+            inside = [f"    {line}" for line in lines]
+            lines = [f"arena = borrow({plan.bytes})", "try:", "    memory = arena.data_ptr()", *inside]
+            lines += ["finally:", "    give_back(arena)"]
+        head = f"def program({', '.join(names[op] for op in graph.inputs)}):"
+        exec("\n".join([head, *(f"    {line}" for line in lines)]), namespace)
         self.run = namespace["program"]
         self.inputs, self.tensors = graph.inputs, graph.tensors
         self.structure = graph.structure
@@ -359,8 +373,9 @@ def optimize(
 
     For inference: the results have no gradients. Safe to call from several threads; works with deepcopy and pickle (the
     network and the options are saved, and packed again at load) and under torch.inference_mode. torch.export and torch.compile
-    of it see the network itself. With glibc the process keeps freed blocks of up to half a gigabyte from the first call on,
-    for fresh pages at every call cost as much as the convolutions.
+    of it see the network itself. Maps between steps share one block of memory, which the process keeps for the next call, one for
+    each thread that calls at the same time; with glibc it keeps other freed blocks of up to half a gigabyte too, for fresh pages
+    at every call cost as much as the convolutions.
 
     Args:
         model: takes and returns tensors, in lists, tuples, dicts or NamedTuples too. Kept, not copied; not changed.

@@ -129,7 +129,7 @@ PACKED = {
     op
     for op in (
         "packed_conv", "packed_conv_transpose", "packed_winograd", "packed_ds_conv", "packed_inverted_residual",
-        "concat_affine", "resize", "repeat_pixels", "quantize_map", "dequantize_map",
+        "concat_affine", "resize", "repeat_pixels", "max_pool", "quantize_map", "dequantize_map",
     )
     if _backend.has_compiled(op, "CPU")
 }  # fmt: skip
@@ -455,12 +455,23 @@ class Builder:
             if self.overwritable(args[0], step) and args[0].value == op.value:
                 packet = getattr(aten, f"{op.kind}_")
                 return self.call(step, getattr(packet, target._overloadname), tuple(args), "ATen, in place")
+        if op.kind == "max_pool2d" and isinstance(op.args[0], Op) and op.args[0].shape and has("max_pool") and self.native(step):
+            return self.max_pool(step)
         if op.kind == "matmul" and all(isinstance(a, Op) and a.shape for a in op.args):
             # Of pooling by matrices: ATen goes over a channels_last map channel by channel.
             return "ATen", lambda *xs: target(*(x.contiguous() for x in xs)), operands(op)
         if op.kind == "view" and target._overloadname == "default":
             target = aten.reshape.default  # the map may lie in memory otherwise than in the graph
         return self.call(step, target, op.args, "ATen")
+
+    def max_pool(self, step: Aten) -> tuple[str, Run, list[Op]]:
+        """Without the indices that PyTorch's computes."""
+        x, *given = step.output.args[:5]
+        given += [[], [0], [1]][len(given) - 1 :]  # what is left out: stride, padding, dilation
+        kernel, stride, padding, dilation = (list(numbers) * (2 // max(1, len(numbers))) for numbers in given)
+        size = list(step.output.shape[2:])
+        pool, stride = torch.ops.segfast.max_pool.default, stride or kernel
+        return "segfast::max_pool", lambda x: pool(x, size, kernel, stride, padding, dilation), [x]
 
     def call(self, step: Aten, target, args: tuple, how: str) -> tuple[str, Run, list[Op]]:
         names: dict[str, object] = {"target": target}

@@ -1,0 +1,102 @@
+"""Where a program's maps lie: one block of memory, in which a map takes the place of those that nobody will read again.
+
+Kernels of this package put their results where `_C.place_next` says. What PyTorch's and oneDNN's operators give they allocate
+themselves, and so do results that the caller may keep.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from segfast import _backend
+from segfast.optimize._capture import Graph, Op
+from segfast.optimize._nodes import FRESH
+from segfast.optimize._patterns import Aten, Step
+
+ALIGNMENT = 64
+LEAST = 1 << 16  # bytes of a map that is worth a place
+place_next = getattr(_backend._C, "place_next", None)
+_free: list[Tensor] = []  # blocks that no call is using, of the whole process: one a thread that calls at the same time
+
+
+def borrow(size: int) -> Tensor:
+    """A block of at least so many bytes, for one call of a program."""
+    try:
+        block = _free.pop()
+    except IndexError:
+        block = None
+    if block is None or block.numel() < size:
+        del block
+        block = torch.empty(size, dtype=torch.uint8)
+        _backend._C.advise_huge_pages(block.data_ptr(), size)
+    return block
+
+
+def give_back(block: Tensor) -> None:
+    """After the call, whatever became of it."""
+    place_next(0, 0)
+    _free.append(block)
+
+
+class Plan:
+    """Places of the maps of a program.
+
+    Args:
+        graph: its inputs and outputs are the caller's.
+        steps: (step, how it runs, function, operands) in their order.
+
+    Attributes:
+        bytes: of the block; 0: nothing has a place.
+        places: (offset, bytes) of each result that has one.
+    """
+
+    def __init__(self, graph: Graph, steps: Sequence[tuple[Step, str, object, list[Op]]]):
+        self.bytes = 0
+        self.places: dict[Op, tuple[int, int]] = {}
+        if _backend._C is None:
+            return
+        # A step that may give its operand's memory, such as a view, hands it on: to its own readers, and out of the program.
+        born = {step.output: number for number, (step, *_) in enumerate(steps)}
+        outside = {op for op in graph.outputs if isinstance(op, Op)}
+        last = dict(born)
+        for number, (step, how, _, operands) in reversed([*enumerate(steps)]):
+            handed_on = not fresh(step, how)
+            for op in operands:
+                last[op] = max(last.get(op, 0), last[step.output] if handed_on else number)
+                if handed_on and step.output in outside:
+                    outside.add(op)
+        wanted = {step.output: size(step.output) for step, how, *_ in steps if own(step, how) and step.output not in outside}
+        placed: list[Op] = []  # by offset
+        for op in sorted((op for op, n in wanted.items() if n >= LEAST), key=lambda op: (-wanted[op], born[op])):
+            at = 0
+            for other in placed:
+                start, length = self.places[other]
+                if last[other] < born[op] or last[op] < born[other]:
+                    continue
+                if start - at >= wanted[op]:
+                    break
+                at = max(at, -(-(start + length) // ALIGNMENT) * ALIGNMENT)
+            self.places[op] = at, wanted[op]
+            placed = sorted([*placed, op], key=self.places.get)
+            self.bytes = max(self.bytes, at + wanted[op])
+
+
+def own(step: Step, how: str) -> bool:
+    """Whether a kernel of this package gives the result."""
+    return how.startswith("segfast::") or step.output.kind.startswith("segfast::")
+
+
+def fresh(step: Step, how: str) -> bool:
+    """Whether the result never lies in the memory of an operand."""
+    if own(step, how) or (how.startswith("oneDNN") and "into the map" not in how):
+        return True
+    return isinstance(step, Aten) and how == "ATen" and step.output.kind in FRESH
+
+
+def size(op: Op) -> int:
+    """Bytes of a result; 0 of what is no tensor."""
+    return 0 if op.shape is None else op.dtype.itemsize * math.prod(op.shape)
