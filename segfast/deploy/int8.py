@@ -30,6 +30,7 @@ from segfast.nn import resize
 OBSERVERS = ("mse", "percentile", "min-max")
 FEWEST = 8  # images that a calibration takes at least
 PERCENTILE = 0.9999
+LEAD = 0.2  # of the best class over the second, in standard deviations of the logits, that rounding does not turn
 CONVOLUTIONS = (nn.Conv2d, nn.ConvTranspose2d)
 Score = Callable[[Callable[[Tensor], Tensor]], float]
 
@@ -208,9 +209,10 @@ def prepare(model: nn.Module, size: tuple[int, int], observer: str, kept: Sequen
         quantizer.set_module_name_qconfig(f"network.{name}", None)
     images, free = export.traced_with(model, size, dynamic)
     with torch.no_grad(), export._quiet():
-        # What holds of the sizes traced with need not of others; whether the graph does is seen by running it.
         program = torch.export.export(Logits(model), (images,), dynamic_shapes=free).module(check_guards=not dynamic)
         if dynamic:
+            # What holds of the sizes traced with need not of others; whether the graph does is seen by running it.
+            program._forward_pre_hooks.clear()
             export.check(model, lambda x: resize(program(x), x.shape[2:], model.align_corners), size, True, False, "quantize")
         tell_calls_apart(program.graph)
         return prepare_pt2e(program, quantizer)
@@ -460,7 +462,8 @@ def quantize_onnx(
     """The PT2E graph as ONNX with QuantizeLinear and DequantizeLinear pairs and int8 weights.
 
     Its sizes are free if the network was quantised so. ONNX Runtime's result is compared with the graph's, then at a second, odd
-    size too: rounding falls differently on a few activations, so 99 % of the pixels of the class map must agree.
+    size too. Rounding falls differently on a few activations, and through many layers on more: of the pixels whose class leads
+    by a fifth of the logits' standard deviation 99 % must agree. `agreement` is of all pixels.
 
     Raises:
         ValueError, ImportError: as `segfast.deploy.export_onnx`.
@@ -475,16 +478,22 @@ def quantize_onnx(
     with export._quiet(), torch.no_grad():
         translated = export.Translated(torch.export.export(whole, (example,), dynamic_shapes=free), opset, about)
     run, agreement = Session(translated.content, "quantize_onnx"), 1.0
+    plain = whole if not head else Classes(quantized, False)
     generator = torch.Generator().manual_seed(0)
     for at in (size, (size[0] + 33, size[1] + 51)) if dynamic else (size,):
         images = torch.randn(1, 3, *at, generator=generator)
         with torch.no_grad():
-            classes = [y if head else y.argmax(1) for y in (run(images), whole(images))]
-        agreement = min(agreement, float((classes[0] == classes[1]).float().mean()))
-    if agreement < 0.99:
-        raise ValueError(
-            f"quantize_onnx: want 99 % of the pixels as PyTorch's int8 has them, got {agreement:.2%}; nothing written"
-        )
+            logits = plain(images)
+        got = run(images)
+        same = (got if head else got.argmax(1)) == logits.argmax(1)
+        best = logits.topk(min(2, logits.shape[1]), dim=1).values
+        clear = best[:, 0] - best[:, -1] >= LEAD * logits.std()
+        agreement = min(agreement, float(same.float().mean()))
+        if clear.any() and (share := float(same[clear].float().mean())) < 0.99:
+            raise ValueError(
+                f"quantize_onnx: want 99 % of the pixels of a clear class as PyTorch's int8 has them, got {share:.2%}; "
+                "nothing was written"
+            )
     return translated.write(path, None, agreement)
 
 
