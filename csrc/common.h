@@ -137,12 +137,15 @@ inline void advise_huge_pages(const Tensor& x) {
 }
 
 // Where this thread's next result of so many bytes goes: memory that a caller keeps, who promises that nobody reads the result
-// once the memory serves another (segfast.optimize, whose maps between its steps nobody else sees). Defined in module.cpp.
+// once the memory serves another (segfast.optimize, whose maps between its steps nobody else sees).
 struct Place {
   void* memory = nullptr;
   int64_t bytes = 0;
 };
-Place& next_place();
+inline Place& next_place() {
+  thread_local Place place;
+  return place;
+}
 
 inline int64_t dtype_bytes(ScalarType dtype) {
   switch (dtype) {

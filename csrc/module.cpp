@@ -116,11 +116,6 @@ std::map<std::string, int64_t> kernel_calls() {
 
 Isa isa() { return chosen.load(std::memory_order_relaxed); }
 
-Place& next_place() {
-  thread_local Place place;
-  return place;
-}
-
 }  // namespace segfast
 
 PYBIND11_MODULE(_C, m) {
