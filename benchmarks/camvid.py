@@ -179,13 +179,8 @@ def read(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
 
-KEY = (
-    "run",
-    "seed",
-    "steps",
-    "processor",
-    "model",
-)  # one machine's rounding is another's: a run there does not stand for one here
+# One machine's rounding is another's: a run there does not stand for one here.
+KEY = ("run", "seed", "steps", "processor", "model")
 
 
 def append(path: Path, entry: dict) -> None:

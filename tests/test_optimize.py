@@ -556,7 +556,7 @@ def test_results_are_the_callers():
 
 
 def places(optimized) -> list[tuple[str, int, int, int, int]]:
-    """(name, first byte, last byte, step that makes it, last step that reads it) of each map in the block, by running it."""
+    """(name, first byte, last byte, step that makes it, last step that reads it) of each map in the block."""
     program = next(reversed(optimized._programs.values()))
     plan = _memory.Plan(SimpleNamespace(outputs=[program.steps[-1][0].output]), program.steps)
     spans = []

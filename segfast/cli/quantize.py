@@ -57,10 +57,8 @@ def quantize(
 
     with explained("quantize"), Reporter() as reporter:
         if mode not in MODES:
-            dynamic = (
-                "; torchao has dynamic int8 for linear layers alone, and these networks have none" if mode == "dynamic" else ""
-            )
-            raise ValueError(f"want a mode among {', '.join(MODES)}, got {mode!r}{dynamic}")
+            why = "; torchao has dynamic int8 for linear layers alone, and these networks have none" if mode == "dynamic" else ""
+            raise ValueError(f"want a mode among {', '.join(MODES)}, got {mode!r}{why}")
         if out.suffix not in (".safetensors", ".onnx") or (out.suffix == ".onnx" and mode not in ("static", "aware")):
             raise ValueError(f"want a .safetensors file, or .onnx with mode static or aware, got {out} with {mode}")
         if dynamic and mode not in ("static", "aware"):
