@@ -147,6 +147,7 @@ inline Place& next_place() {
   return place;
 }
 
+// Bytes of one number; 0 of a dtype that no kernel makes, whose results get no place.
 inline int64_t dtype_bytes(ScalarType dtype) {
   switch (dtype) {
     case ScalarType::Byte:
@@ -157,8 +158,11 @@ inline int64_t dtype_bytes(ScalarType dtype) {
     case ScalarType::Float:
     case ScalarType::Int:
       return 4;
-    default:
+    case ScalarType::Double:
+    case ScalarType::Long:
       return 8;
+    default:
+      return 0;
   }
 }
 

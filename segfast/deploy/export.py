@@ -357,18 +357,22 @@ def operators(proto) -> dict[str, int]:
     return dict(sorted(Counter(names).items()))
 
 
+def compared_at(size: tuple[int, int], dynamic: bool) -> list[tuple[int, int]]:
+    """The sizes of the two images that an artefact is compared on: its own, and then an odd one where any will do."""
+    return [size, (size[0] + 33, size[1] + 51) if dynamic else size]
+
+
 @torch.no_grad()
 def check(model: nn.Module, run, size: tuple[int, int], dynamic: bool, head: bool, what: str) -> tuple:
-    """(error, agreement) of `run` against the network, the worst of two images; with `dynamic` at two sizes, one of them odd.
+    """(error, agreement) of `run` against the network, the worst of two images.
 
     Raises:
         ValueError: more than the tolerance allows.
     """
     reference = ClassMap(model) if head else model
     generator = torch.Generator().manual_seed(0)
-    sizes = [size, (size[0] + 33, size[1] + 51)] if dynamic else [size, size]
     error, agreement = 0.0, 1.0
-    for number, at in enumerate(sizes):
+    for number, at in enumerate(compared_at(size, dynamic)):
         images = torch.randn(1 + (dynamic and number), 3, *at, generator=generator)
         want = reference(images)
         try:

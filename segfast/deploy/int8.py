@@ -480,7 +480,7 @@ def quantize_onnx(
     run, agreement = Session(translated.content, "quantize_onnx"), 1.0
     plain = whole if not head else Classes(quantized, False)
     generator = torch.Generator().manual_seed(0)
-    for at in (size, (size[0] + 33, size[1] + 51)) if dynamic else (size,):
+    for at in export.compared_at(size, dynamic):
         images = torch.randn(1, 3, *at, generator=generator)
         with torch.no_grad():
             logits = plain(images)
