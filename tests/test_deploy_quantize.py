@@ -211,6 +211,25 @@ def test_onnx(streets, quantized, tmp_path):
         assert (classes == quantized(images[:1]).argmax(1)).float().mean() > 0.99
 
 
+def test_onnx_that_turns_pixels(streets, quantized, tmp_path, monkeypatch):
+    """A file that gives other classes is refused, unless as many turn when the image hardly changes."""
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("onnxruntime")
+
+    class Turned(int8.Session):
+        def __call__(self, images):
+            classes = super().__call__(images).clone()
+            classes[:, : classes.shape[1] // 16] += 1
+            return classes
+
+    monkeypatch.setattr(int8, "Session", Turned)
+    with pytest.raises(ValueError, match=r"want at least 99.00% of the pixels of a clear class .* got 9\d.\d+%; nothing was written"):
+        deploy.quantize_onnx(quantized, tmp_path / "a.onnx")
+    assert not (tmp_path / "a.onnx").exists()
+    monkeypatch.setattr(int8, "NUDGE", -2.0)  # the image's negative
+    assert deploy.quantize_onnx(quantized, tmp_path / "a.onnx").agreement < 0.95
+
+
 @pytest.mark.parametrize("name", ["fast_scnn", *networks(0)][: count(1, 1 + len(segfast.list_models()))])
 def test_free_size(name, tmp_path):
     pytest.importorskip("onnxscript")
