@@ -179,7 +179,7 @@ def import_icnet(name: str, weights: Weights):
 @register_model(
     paper="Zhao, Qi, Shen, Shi, Jia: ICNet for Real-Time Semantic Segmentation on High-Resolution Images, arXiv:1704.08545",
     parameters=6_699_987,
-    macs=29_811_584_064,
+    macs=29_811_584_064,  # the same to the unit as the convolutions of the authors' prototxt at this size
     size=(1025, 2049),
     published=Published(
         miou="69.5 test, 67.7 val (Cityscapes)",
