@@ -10,7 +10,7 @@ from torch import Tensor
 
 KINDS = ("dense", "depthwise", "separable", "inverted")
 FLOAT_KINDS = (*KINDS, "transposed", "maps")
-ACTS = (lambda x: x, F.relu, F.relu6, F.silu, F.hardswish)
+ACTS = (lambda x: x, F.relu, F.relu6, F.silu, F.hardswish, F.leaky_relu)
 NEAR = {"float32": 1e-4, "bfloat16": 0.1}  # of the largest element: far above rounding, far below a wrong element
 
 
@@ -28,7 +28,7 @@ def draw(integer, choice) -> dict[str, Any]:
         "stride": [integer(1, 3), integer(1, 3)],
         "padding": [padding, padding],
         "dilation": [dilation, dilation],
-        "acts": [integer(0, 2 if dtype == "int8" else 4) for _ in range(3)],
+        "acts": [integer(0, 2 if dtype == "int8" else 5) for _ in range(3)],
         "add": choice((False, True)),
         "planar": choice((False, True)),
         "seed": integer(0, 999),

@@ -693,7 +693,7 @@ class Drawn(nn.Module):
 ACTS = {
     "relu": F.relu, "relu_": lambda x: F.relu(x * 1.0, inplace=True), "relu6": F.relu6, "silu": F.silu, "elu": F.elu,
     "hardswish": F.hardswish, "leaky": lambda x: F.leaky_relu(x, 0.2), "gelu": F.gelu, "sigmoid": torch.sigmoid,
-    "clamp": lambda x: x.clamp(-1, 2),
+    "leaky_relu": F.leaky_relu, "clamp": lambda x: x.clamp(-1, 2),
 }  # fmt: skip
 KINDS = [
     "conv", "same", "grouped", "depthwise", "depthwise", "pointwise", "pointwise", "transposed", "half", "bn", "bn", "bn",

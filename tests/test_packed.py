@@ -18,7 +18,7 @@ if _backend._C is not None:
     from segfast.ops._packed import Int8Conv, int8_block, int8_block_reference, int8_conv_reference
     from segfast.optimize._int8 import lower_int8
 
-ACTS = [lambda x: x, F.relu, F.relu6, F.silu, F.hardswish]
+ACTS = [lambda x: x, F.relu, F.relu6, F.silu, F.hardswish, F.leaky_relu]
 SETS = _backend._C.cpu_features()["kernel_sets"] if _backend._C is not None else []
 OPS = torch.ops.segfast
 
@@ -85,7 +85,7 @@ def test_against_conv2d(kernel_set, dtype, kind, shape):
     n, c, e, k, h, w, size, stride, padding, dilation = shape
     torch.manual_seed(0)
     index = SHAPES.index(shape)
-    acts = [(index + i) % 5 for i in (0, 1, 2)]
+    acts = [(index + i) % 6 for i in (0, 1, 2)]
     added = index % 2 == 0
     pair = lambda v: [v, v]  # noqa: E731
     geometry = {"stride": stride, "padding": padding, "dilation": dilation}
@@ -140,7 +140,7 @@ def test_winograd_against_conv2d(kernel_set, shape):
     n, c, k, h, w, padding, dilation = shape
     torch.manual_seed(0)
     index = WINOGRAD_SHAPES.index(shape)
-    act, added = index % 5, index % 2 == 0
+    act, added = index % 6, index % 2 == 0
     weights = weight(k, c, 3)
     packed = OPS.pack_winograd(*weights, 1)
     pairs = [[1, 1], [padding, padding], [dilation, dilation]]
@@ -215,7 +215,7 @@ def test_wrong_arguments_raise():
         ("float32", lambda: OPS.packed_conv(x.double(), packed, ones, zeros, ones, 0)),
         ("pairs", lambda: OPS.packed_conv(x, packed, [0, 1], zeros, ones, 0)),
         ("pairs", lambda: OPS.packed_conv(x, packed, [1], zeros, ones, 0)),
-        ("activation", lambda: OPS.packed_conv(x, packed, ones, zeros, ones, 5)),
+        ("activation", lambda: OPS.packed_conv(x, packed, ones, zeros, ones, 6)),
         ("fits", lambda: OPS.packed_conv(x, packed, ones, zeros, [3, 3], 0)),
         ("add", lambda: OPS.packed_conv(x, packed, ones, zeros, ones, 0, x)),
         ("pack function", lambda: OPS.packed_conv(x, packed[:-1], ones, zeros, ones, 0)),

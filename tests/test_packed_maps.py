@@ -65,7 +65,8 @@ def test_concat_affine(kernel_set, dtype, after, added, affine):  # noqa: F811
 @pytest.mark.parametrize("align_corners", [False, True])
 def test_resize(kernel_set, dtype, channels_last, align_corners):  # noqa: F811
     torch.manual_seed(0)
-    for c, h, w, size in [(19, 8, 12, (64, 96)), (3, 5, 7, (9, 30)), (33, 6, 1, (1, 5)), (16, 31, 20, (7, 3)), (5, 1, 1, (4, 4))]:
+    cases = [(19, 8, 12, (64, 96)), (3, 5, 7, (9, 30)), (33, 6, 1, (1, 5)), (16, 31, 20, (7, 3)), (5, 1, 1, (4, 4))]
+    for c, h, w, size in [*cases, (3, 40, 70, (20, 35))]:
         for layout in (last, torch.Tensor.contiguous):
             x = layout(torch.randn(2, c, h, w)).to(dtype)
             y = same_on_two_threads(lambda: OPS.resize(x, size, align_corners, channels_last))  # noqa: B023

@@ -14,7 +14,8 @@ inline int64_t tile_pixels(int64_t bytes_a_pixel, int64_t bytes = 49152, int64_t
   return std::clamp<int64_t>(bytes / bytes_a_pixel / 12 * 12, 12, most);
 }
 
-enum Act : int64_t { kIdentity, kRelu, kRelu6, kSilu, kHardswish };
+// The last one, of slope 0.01, is for the packed kernels alone.
+enum Act : int64_t { kIdentity, kRelu, kRelu6, kSilu, kHardswish, kLeakyRelu };
 
 }  // namespace segfast
 #endif
@@ -48,6 +49,8 @@ SEGFAST_INLINE Vec<A> activate(Vec<A> v, int64_t act) {
       const Vec<A> r = v + three;
       return v * (r < zero ? zero : (r > six ? six : r)) / six;
     }
+    case kLeakyRelu:
+      return v > zero ? v : v * splat<A>(0.01);
     default:
       return v;
   }

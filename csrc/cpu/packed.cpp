@@ -597,7 +597,7 @@ struct Call {
       STD_TORCH_CHECK(value.size() == 2 && value[0] >= least && value[1] >= least, op,
                       ": want pairs: stride >= 1, padding >= 0, dilation >= 1");
     }
-    for (const int64_t act : acts) STD_TORCH_CHECK(act >= kIdentity && act <= kHardswish, op, ": want an activation from 0 to 4");
+    for (const int64_t act : acts) STD_TORCH_CHECK(act >= kIdentity && act <= kLeakyRelu, op, ": want an activation from 0 to 5");
     const int64_t channels = h.kind == kInverted ? h.ci : h.c;
     STD_TORCH_CHECK(input.size(1) == channels, op, ": want as many channels in x as the weights have");
     o.g = Geometry{input.size(0), h.c,       input.size(2), input.size(3), h.k,        0,           0,          h.kh,

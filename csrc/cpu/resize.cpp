@@ -138,23 +138,28 @@ void want_map(const Tensor& x) {
                   "resize: want x (N, C, H, W) in float32 or bfloat16 on the CPU");
 }
 
-Tensor resize_cpu(const Tensor& x, std::vector<int64_t> size, bool align_corners, bool channels_last) {
-  counter.add();
-  const ScalarType dtype = x.scalar_type();
-  want_map(x);
-  STD_TORCH_CHECK(size.size() == 2 && size[0] > 0 && size[1] > 0 && x.size(2) > 0 && x.size(3) > 0,
-                  "resize: want sizes of 1 and more, from and to");
+Tensor resized(const Tensor& x, const std::vector<int64_t>& size, bool align_corners, bool channels_last) {
   const Source source(channels_last ? contiguous_as(x, true) : x);
   const Axis rows(source.height, size[0], align_corners), across(source.width, size[1], align_corners);
-  const Tensor y = empty({source.images, source.classes, size[0], size[1]}, dtype, source.x, channels_last);
+  const Tensor y = empty({source.images, source.classes, size[0], size[1]}, x.scalar_type(), source.x, channels_last);
   if (y.numel() == 0) return y;
-  const bool wide = dtype == ScalarType::Float;
+  const bool wide = x.scalar_type() == ScalarType::Float;
   if (channels_last) {
     wide ? to_pixels<float>(source, rows, across, y) : to_pixels<BFloat16>(source, rows, across, y);
   } else {
     wide ? to_planes<float>(source, rows, across, y) : to_planes<BFloat16>(source, rows, across, y);
   }
   return y;
+}
+
+Tensor resize_cpu(const Tensor& x, std::vector<int64_t> size, bool align_corners, bool channels_last) {
+  counter.add();
+  want_map(x);
+  STD_TORCH_CHECK(size.size() == 2 && size[0] > 0 && size[1] > 0 && x.size(2) > 0 && x.size(3) > 0,
+                  "resize: want sizes of 1 and more, from and to");
+  // Of a planar map and its smaller result, such as an image's, the result is the cheaper one to turn.
+  const bool turned = channels_last && !is_channels_last(x) && size[0] * size[1] < x.size(2) * x.size(3);
+  return turned ? contiguous_as(resized(x, size, align_corners, false), true) : resized(x, size, align_corners, channels_last);
 }
 
 template <class T>

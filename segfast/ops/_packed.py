@@ -1,10 +1,10 @@
 """Private inference ops, over weights packed once and on maps: schemas. CPU, channels_last, no gradients.
 
 Importing this module defines `torch.ops.segfast.pack_*`, `packed_*` and what joins maps; activations are the numbers of
-`ds_conv.ACTIVATIONS`. Weights are given in float32 and packed for the dtype of the maps: in bfloat16 those of the products
-are rounded to it. A packed weight is opaque bytes, from which no fake tensor can tell the number of output channels: but for
-`packed_int8`, which is told, and `quantize_map` and `dequantize_map`, there are no fakes, and the operations are to be called
-on real tensors only, never inside a graph that is traced.
+`ds_conv.ACTIVATIONS`, and 5 for leaky ReLU of slope 0.01. Weights are given in float32 and packed for the dtype of the maps: in
+bfloat16 those of the products are rounded to it. A packed weight is opaque bytes, from which no fake tensor can tell the number
+of output channels: but for `packed_int8`, which is told, and `quantize_map` and `dequantize_map`, there are no fakes, and the
+operations are to be called on real tensors only, never inside a graph that is traced.
 """
 
 from __future__ import annotations

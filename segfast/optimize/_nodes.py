@@ -297,7 +297,8 @@ class Builder:
             if who.startswith("packed_") and self.packable(step) and has(who):
                 pack = getattr(torch.ops.segfast, who.replace("packed_", "pack_")).default
                 return self.packed(step, step.parts, pack, getattr(torch.ops.segfast, who).default)
-            if who == "ds_conv" and has(who) and self.large(step):
+            known = all(part.act.code < 5 for part in step.parts)
+            if who == "ds_conv" and known and has(who) and self.large(step):
                 made = [self.separable(step, step.parts[-2:])]
                 made[:0] = [self.convolution(part) for part in step.parts[:-2]]
                 return chain(made, step)

@@ -21,9 +21,11 @@ class Activation(NamedTuple):
 
     @property
     def code(self) -> int | None:
-        """Its number in this package's kernels (segfast.ops.ds_conv.ACTIVATIONS); None: they lack it."""
+        """Its number in the packed kernels; None: they lack it. Those before 5 are segfast.ops.ds_conv.ACTIVATIONS."""
         if self.name == "hardtanh":
             return 2 if tuple(self.numbers) == (0, 6) else None
+        if self.name == "leaky_relu":
+            return 5 if tuple(self.numbers) == (0.01,) else None
         return {"": 0, "relu": 1, "silu": 3, "hardswish": 4}.get(self.name)
 
 
