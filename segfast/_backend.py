@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import numbers
 import os
 import threading
 from collections.abc import Iterator
@@ -68,13 +69,22 @@ def has_kernel(op: str, *tensors: Tensor) -> bool:
 
     The reference serves exported graphs (they hold only ATen), torch.func transforms, forward-mode AD and tensor subclasses.
     """
-    if tensors[0].device.type not in table[op] or torch.compiler.is_exporting():
+    if tensors[0].device.type not in table[op] or torch.compiler.is_exporting() or is_transformed():
         return False
     if torch.compiler.is_compiling():
         return True
-    if torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0:
-        return False
     return all(type(t) in (Tensor, torch.nn.Parameter) or isinstance(t, torch._subclasses.FakeTensor) for t in tensors)
+
+
+@torch.compiler.assume_constant_result  # while a graph is traced as well, whose transforms are entered for real meanwhile
+def is_transformed() -> bool:
+    """Whether this is inside grad, vmap, jvp or another transform of torch.func, or forward-mode AD."""
+    return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
+
+
+def is_whole(value) -> bool:
+    """Whether a value is an int, numpy's and a traced one too; True and False are none."""
+    return isinstance(value, int | torch.SymInt | numbers.Integral) and not isinstance(value, bool)
 
 
 _local = threading.local()

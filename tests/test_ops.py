@@ -282,6 +282,21 @@ def test_transforms_fall_to_the_reference(op):
 
 
 @every_op
+def test_compiled_transforms(op):
+    """torch.func.grad inside a compiled function: the numbers of the uncompiled one (a kernel would give silent zeros there)."""
+    sample = next(iter(few(op, torch.float64, 1)))
+    g, inputs = closed(getattr(ops, op), sample)
+    try:
+        expected = grad(g, inputs)
+    except RuntimeError:  # nothing here has a gradient
+        return
+    actual = torch.compile(lambda *xs: grad(g, xs), fullgraph=True, backend="aot_eager")(*inputs)
+    torch.compiler.reset()
+    for a, e in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-10, atol=1e-12, equal_nan=True)
+
+
+@every_op
 @every_dtype
 def test_memory_is_written_before_it_is_read(op, dtype, kernel_set):
     """Deterministic mode fills torch.empty with NaN: an output or scratch element left unwritten shows."""

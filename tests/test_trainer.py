@@ -471,6 +471,26 @@ def test_hard_pixels_against_their_formula(bar, keep):
     assert int((logits.grad.abs().sum(1) > 0).sum()) == hard
 
 
+def test_hard_pixels_of_no_loss_count(tmp_path):
+    """Pixels of probability 1 are among the hardest where there are no others; so too of several processes."""
+    logits, target = torch.zeros(1, 3, 4, 4), torch.zeros(1, 16, 16, dtype=torch.uint8)
+    logits[:, 0] = 20
+    target[0, 0, 0] = 1
+    weights = [1.0, 2.0, 3.0]
+    want = 20 * 2 / (2 + 255)
+
+    def loss():
+        return LabelLoss(weights, ohem=0.7, ohem_keep=1.0)(Net(), Output(logits, (), {}), target)["labels"]
+
+    assert loss() == pytest.approx(want, rel=1e-5)
+    assert LabelLoss(weights)(Net(), Output(logits, (), {}), target)["labels"] == pytest.approx(want, rel=1e-5)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        assert loss() == pytest.approx(want, rel=1e-5)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 TWO = textwrap.dedent(
     """
     import json, os, sys

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+from fractions import Fraction
 
+import numpy
 import pytest
 import torch
 import torch.nn.functional as F
@@ -120,7 +122,7 @@ def test_the_first_of_equal_classes(dtype, kernel_set):
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-@pytest.mark.parametrize("size", [(5, 6), (10, 12), (20, 3)])
+@pytest.mark.parametrize("size", [(5, 6), (10, 12), (20, 3), (13, 17), (35, 7), (6, 40)])
 def test_nan_and_infinity_go_where_eagers_go(size, layout, kernel_set):
     target = labels(2, *size, classes=4)
     for values in ([math.nan], [math.inf], [-math.inf], [math.inf, -math.inf], [3e38, -2e38], [math.nan, math.inf]):
@@ -140,6 +142,44 @@ def test_nan_and_infinity_go_where_eagers_go(size, layout, kernel_set):
             results.append((value.detach(), torch.autograd.grad(value[0, 0].sum() + value[1].sum(), leaf)[0]))
         for a, e in zip(*results, strict=True):
             torch.testing.assert_close(a, e, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_row_that_is_infinite(dtype, kernel_set):
+    """Where a pixel's share of a row is exactly 0, times infinity NaN, is a matter of rounding: of eager's."""
+    for align_corners in (False, True):
+        for n, m in [(9, 65), (10, 70), (16, 80), (5, 13), (7, 97), (12, 5)]:
+            x = randn(1, 3, n, m, dtype=dtype)
+            x[:, 1, n // 2] = x[:, 0, :, m - 1] = -math.inf
+            for size in [(65, 70), (80, 13), (n, 2 * m)]:
+                full = resize(x, size, align_corners)
+                assert torch.equal(ops.upsample_argmax(x, size, align_corners).long(), full.argmax(1)), (n, m, size)
+
+
+@pytest.mark.parametrize("dtype, index", [(torch.uint8, 256), (torch.uint8, -1), (torch.uint8, -100), (torch.int32, 2**32)])
+def test_an_ignored_label_that_the_targets_dtype_lacks(dtype, index, kernel_set):
+    x, teacher, target = randn(1, 3, 2, 2), randn(1, 3, 2, 2, seed=1), torch.zeros(1, 4, 4, dtype=dtype)
+    for function in (
+        lambda t: ops.upsample_pixelwise_kl(x, teacher, 4, target=t, ignore_index=index),
+        lambda t: ops.pixelwise_kl(resize(x, (4, 4)), resize(teacher, (4, 4)), target=t, ignore_index=index),
+        lambda t: ops.upsample_cross_entropy(x, t, ignore_index=index),
+    ):
+        close(function(target), function(target.long()))
+        assert function(target) > 0.01
+
+
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+@pytest.mark.parametrize("weight, smoothing", [((0.0, 0, 0), 0.1), ((1.0, -1, 0), 0.5), ((0, 1, 2), 1e-46)])
+def test_weights_that_vanish(weight, smoothing, reduction, kernel_set):
+    options = {"weight": torch.tensor(weight, dtype=torch.float64), "label_smoothing": smoothing, "reduction": reduction}
+    x, target = randn(2, 3, 3, 4), labels(2, 7, 9, classes=3)
+    for dtype in (torch.float32, torch.float64):
+        options["weight"] = options["weight"].to(dtype)
+        leaf, exact = x.to(dtype).requires_grad_(), x.double().requires_grad_()
+        ops.upsample_cross_entropy(leaf, target, **options).sum().backward()
+        with_double = options | {"weight": options["weight"].double()}
+        F.cross_entropy(resize(exact, (7, 9)), target, ignore_index=255, **with_double).sum().backward()
+        torch.testing.assert_close(leaf.grad.double(), exact.grad, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("ohem", [{}, {"ohem_threshold": 0.5, "ohem_min_kept": 3}])
@@ -322,6 +362,22 @@ BAD = {
     "cross-entropy threshold": (ValueError, ops.upsample_cross_entropy, (LOGITS, TARGET), {"ohem_threshold": 0.0}),
     "cross-entropy nan": (ValueError, ops.upsample_cross_entropy, (LOGITS, TARGET), {"ohem_threshold": math.nan}),
     "cross-entropy min_kept": (ValueError, ops.upsample_cross_entropy, (LOGITS, TARGET), {"ohem_min_kept": 1}),
+    "cross-entropy kept": (
+        ValueError,
+        ops.upsample_cross_entropy,
+        (LOGITS, TARGET),
+        {"ohem_threshold": 0.5, "ohem_min_kept": 2.5},
+    ),
+    "cross-entropy list": (TypeError, ops.upsample_cross_entropy, (LOGITS, TARGET), {"weight": [1.0, 1.0, 1.0]}),
+    "cross-entropy ignored": (TypeError, ops.upsample_cross_entropy, (LOGITS, TARGET), {"ignore_index": 255.5}),
+    "cross-entropy corners": (TypeError, ops.upsample_cross_entropy, (LOGITS, TARGET), {"align_corners": "no"}),
+    "kl ignored": (TypeError, ops.upsample_pixelwise_kl, (LOGITS, LOGITS, 8), {"target": TARGET, "ignore_index": None}),
+    "argmax corners": (TypeError, ops.upsample_argmax, (LOGITS, 8, "no"), {}),
+    "argmax numpy float": (ValueError, ops.upsample_argmax, (LOGITS, numpy.float32(8.7)), {}),
+    "argmax fraction": (ValueError, ops.upsample_argmax, (LOGITS, (Fraction(17, 2), 8)), {}),
+    "argmax true": (ValueError, ops.upsample_argmax, (LOGITS, True), {}),
+    "argmax array": (ValueError, ops.upsample_argmax, (LOGITS, numpy.array([8, 8])), {}),
+    "argmax text": (ValueError, ops.upsample_argmax, (LOGITS, b"8"), {}),
     "cross-entropy reduction": (ValueError, ops.upsample_cross_entropy, (LOGITS, TARGET), {"reduction": "batchmean"}),
     "kl classes": (ValueError, ops.upsample_pixelwise_kl, (LOGITS, LOGITS[:, :2], 8), {}),
     "kl batch": (ValueError, ops.upsample_pixelwise_kl, (LOGITS, LOGITS[:1], 8), {}),
@@ -331,6 +387,7 @@ BAD = {
     "kl mask": (TypeError, ops.upsample_pixelwise_kl, (LOGITS, LOGITS, 8), {"mask": TARGET}),
     "kl reduction": (ValueError, ops.upsample_pixelwise_kl, (LOGITS, LOGITS, 8), {"reduction": "max"}),
     "module": (ValueError, nn.UpsampleCrossEntropy, (), {"label_smoothing": -1}),
+    "module weight": (TypeError, nn.UpsampleCrossEntropy, (), {"weight": torch.ones(3).int()}),
     "module size": (ValueError, distill.PixelWiseLoss, (), {"size": (0, 3)}),
 }
 
@@ -342,3 +399,11 @@ def test_bad_input(case):
     with pytest.raises(kind, match=r"(upsample_\w+|UpsampleCrossEntropy|PixelWiseLoss): want .*, got "):
         function(*args, **options)
     assert before is None or _backend._C.kernel_calls() == before
+
+
+def test_sizes_that_are_taken():
+    want = ops.upsample_argmax(LOGITS, (8, 9))
+    for size in (torch.Size([8, 9]), [8, 9], (numpy.int64(8), numpy.uint8(9))):
+        assert torch.equal(ops.upsample_argmax(LOGITS, size), want)
+    traced = torch.jit.trace(lambda x: ops.upsample_argmax(x, x.shape[2:]), (LOGITS,), check_trace=False)
+    assert traced(LOGITS).shape == (2, 4, 5)

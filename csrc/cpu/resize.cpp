@@ -140,7 +140,8 @@ void want_map(const Tensor& x) {
 
 Tensor resized(const Tensor& x, const std::vector<int64_t>& size, bool align_corners, bool channels_last) {
   const Source source(channels_last ? contiguous_as(x, true) : x);
-  const Axis rows(source.height, size[0], align_corners), across(source.width, size[1], align_corners);
+  const Axis rows(source.height, size[0], align_corners, x.scalar_type());
+  const Axis across(source.width, size[1], align_corners, x.scalar_type());
   const Tensor y = empty({source.images, source.classes, size[0], size[1]}, x.scalar_type(), source.x, channels_last);
   if (y.numel() == 0) return y;
   const bool wide = x.scalar_type() == ScalarType::Float;

@@ -197,6 +197,7 @@ double sum_row(const A* x, int64_t count) {
 }  // namespace segfast::SEGFAST_ISA
 #else
 #include <algorithm>
+#include <cmath>
 #include <vector>
 
 namespace segfast {
@@ -208,20 +209,27 @@ constexpr int64_t kLanes = 64 / sizeof(A);
 
 inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
-// Output i lies between inputs i0[i] and i1[i], w1[i] of the way, as in ATen's area_pixel_compute_source_index.
+// Output i lies between inputs i0[i] and i1[i], w1[i] of the way, as in ATen's area_pixel_compute_source_index, to the bit: in
+// float but for double, multiplied and subtracted in one rounding as compilers do it there. Which shares are exactly 0, and turn
+// an infinity into NaN, hangs on that.
 struct Axis {
   int64_t in, out;
   std::vector<int32_t> i0, i1;
   std::vector<double> w1;
-  Axis(int64_t in, int64_t out, bool align_corners) : in(in), out(out), i0(out), i1(out), w1(out) {
-    const double corners = out > 1 ? static_cast<double>(in - 1) / static_cast<double>(out - 1) : 0;
-    const double scale = align_corners ? corners : static_cast<double>(in) / static_cast<double>(out);
+  Axis(int64_t in, int64_t out, bool align_corners, ScalarType dtype) : in(in), out(out), i0(out), i1(out), w1(out) {
+    dtype == ScalarType::Double ? fill<double>(align_corners) : fill<float>(align_corners);
+  }
+
+ private:
+  template <class A>
+  void fill(bool align_corners) {
+    const A corners = out > 1 ? static_cast<A>(in - 1) / static_cast<A>(out - 1) : 0;
+    const A scale = align_corners ? corners : static_cast<A>(in) / static_cast<A>(out), half = 0.5;
     for (int64_t i = 0; i < out; ++i) {
-      const double at =
-          align_corners ? scale * static_cast<double>(i) : std::max((static_cast<double>(i) + 0.5) * scale - 0.5, 0.0);
+      const A place = static_cast<A>(i), at = align_corners ? scale * place : std::max(std::fma(place + half, scale, -half), A(0));
       i0[i] = in == out ? static_cast<int32_t>(i) : static_cast<int32_t>(std::min<int64_t>(static_cast<int64_t>(at), in - 1));
       i1[i] = i0[i] + (in != out && i0[i] < in - 1);
-      w1[i] = in == out ? 0 : std::min(std::max(at - i0[i], 0.0), 1.0);
+      w1[i] = in == out ? 0 : std::min(std::max(at - static_cast<A>(i0[i]), A(0)), A(1));
     }
   }
 };

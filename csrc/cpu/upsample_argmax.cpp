@@ -115,7 +115,8 @@ std::tuple<Tensor, Tensor> upsample_argmax_cpu(const Tensor& logits, std::vector
                                                bool probability) {
   counter.add();
   const Source source(logits);
-  const Axis rows(source.height, size[0], align_corners), across(source.width, size[1], align_corners);
+  const Axis rows(source.height, size[0], align_corners, logits.scalar_type());
+  const Axis across(source.width, size[1], align_corners, logits.scalar_type());
   const ScalarType integer = bytes == 1 ? ScalarType::Byte : bytes == 4 ? ScalarType::Int : ScalarType::Long;
   const bool wide = source.x.scalar_type() == ScalarType::Double;
   const ScalarType floating = wide ? ScalarType::Double : ScalarType::Float;

@@ -105,8 +105,12 @@ SEGFAST_INLINE void cross_entropy_of(const A* a, const A* b, const A* h0, const 
       if (probability) store(pixels.probability + at, exp(-below) / sum[r]);
       if (grad_a == nullptr) continue;
       const Vec<A> factor = load(pixels.factor + at);
-      const Vec<A> all = SMOOTH ? share + smoothing.total : share;
-      Vec<A> own = SMOOTH ? sum[r] * share / all : sum[r];
+      Vec<A> all = share, own = sum[r];
+      if constexpr (SMOOTH) {  // weights may cancel, or be 0
+        all += smoothing.total;
+        all = all == Vec<A>{} ? share * static_cast<A>(0x1p-60) : all;
+        own = all == Vec<A>{} ? Vec<A>{} : sum[r] * share / all;
+      }
       const Vec<A> scale = factor * all / sum[r];
       for (int i = 0; i < L; ++i) kept[(pixels.label[at + i] * R + r) * L + i] -= lane<A>(own, i);
       to_a[r] = scale * down[r];
@@ -225,8 +229,8 @@ struct Problem {
       : source(logits),
         target(contiguous_as(target_, false)),
         options(options),
-        rows(source.height, target.size(1), options.align_corners),
-        across(source.width, target.size(2), options.align_corners),
+        rows(source.height, target.size(1), options.align_corners, logits.scalar_type()),
+        across(source.width, target.size(2), options.align_corners, logits.scalar_type()),
         columns(across, strip_width<A>(source.classes, 4, across.out)),
         weights(rows),
         chunks(chunks_of(rows)),

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from segfast import ops
 from segfast.distill._taps import Taps, batch_statistics, run
 from segfast.models._base import Output
+from segfast.ops.pixelwise_kl import counted
 
 Task = Callable[[nn.Module, Output, Tensor], dict[str, Tensor]]
 
@@ -340,7 +341,7 @@ def valid_pixels(target: Tensor | None, size: Sequence[int], ignore_index: int) 
         return None
     if tuple(target.shape[1:]) != tuple(size):
         target = F.interpolate(target[:, None].float(), tuple(size), mode="nearest-exact")[:, 0]
-    return target != ignore_index
+    return counted(target, ignore_index)
 
 
 def resize(x: Tensor, size: Sequence[int]) -> Tensor:

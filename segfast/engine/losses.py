@@ -56,22 +56,33 @@ class LabelLoss(nn.Module):
 
     def loss(self, logits: Tensor, target: Tensor, align_corners: bool) -> Tensor:
         options = {"weight": self.class_weights, "ignore_index": IGNORED, "label_smoothing": self.label_smoothing}
+        options["align_corners"] = align_corners
         labelled = target != IGNORED
         if not self.ohem:
-            total = ops.upsample_cross_entropy(logits, target, align_corners=align_corners, reduction="sum", **options)
-            return total / self.weight_of(target, labelled)
+            weight = labelled.sum().float() if self.class_weights is None else self.class_weights[target[labelled].long()].sum()
+            return ops.upsample_cross_entropy(logits, target, reduction="sum", **options) / shared(weight)
         least = max(1, int(self.ohem_keep * labelled.sum()))
-        options |= {"ohem_threshold": self.ohem, "ohem_min_kept": least, "reduction": "none"}
-        pixels = ops.upsample_cross_entropy(logits, target, align_corners=align_corners, **options)
-        return pixels.sum() / self.weight_of(target, pixels.detach() != 0)  # a pixel that does not count has no loss
+        options |= {"ohem_threshold": self.ohem, "ohem_min_kept": least}
+        mean = ops.upsample_cross_entropy(logits, target, **options)
+        if not distributed():
+            return mean
+        with torch.no_grad():
+            weight = ops.upsample_cross_entropy(logits, target, reduction="sum", **options) / mean
+        weight = torch.where(mean > 0, weight, 0.0)
+        return mean * weight / shared(weight)
 
-    def weight_of(self, target: Tensor, counted: Tensor) -> Tensor:
-        weight = counted.sum().float() if self.class_weights is None else self.class_weights[target[counted]].sum()
-        if dist.is_available() and dist.is_initialized():
-            # Gradients are averaged over the processes: only with one weight for all is that the gradient of the whole batch.
-            dist.all_reduce(weight)
-            weight /= dist.get_world_size()
-        return torch.where(weight > 0, weight, 1.0)
+
+def distributed() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def shared(weight: Tensor) -> Tensor:
+    """The weight of all pixels that count, over the number of processes: gradients are averaged over these, and only with one
+    weight for all is that the gradient of the whole batch. 1 in place of 0."""
+    if distributed():
+        dist.all_reduce(weight)
+        weight /= dist.get_world_size()
+    return torch.where(weight > 0, weight, 1.0)
 
 
 def balanced_weights(pixels: Sequence[int]) -> list[float]:

@@ -3,7 +3,7 @@
 from torch import Tensor, nn
 
 from segfast import ops
-from segfast.ops.upsample_cross_entropy import check_options
+from segfast.ops.upsample_cross_entropy import check_options, check_weight
 
 
 class UpsampleCrossEntropy(nn.Module):
@@ -17,6 +17,7 @@ class UpsampleCrossEntropy(nn.Module):
 
     Raises:
         ValueError: an option out of range, as the op raises it.
+        TypeError: a weight that is not a tensor of a real float dtype.
     """
 
     def __init__(
@@ -31,6 +32,7 @@ class UpsampleCrossEntropy(nn.Module):
         reduction: str = "mean",
     ) -> None:
         super().__init__()
+        check_weight("UpsampleCrossEntropy", weight)
         check_options("UpsampleCrossEntropy", label_smoothing, ohem_threshold, ohem_min_kept, reduction)
         self.register_buffer("weight", weight)
         self.ignore_index, self.label_smoothing = ignore_index, label_smoothing

@@ -46,10 +46,17 @@ _backend.register("pixelwise_kl")
 
 
 def valid_pixels(target: Tensor | None, ignore_index: int, mask: Tensor | None) -> Tensor | None:
-    valid = None if target is None else target != ignore_index
+    valid = None if target is None else counted(target, ignore_index)
     if mask is None:
         return valid
     return mask if valid is None else valid & mask
+
+
+def counted(target: Tensor, ignore_index: int) -> Tensor:
+    """Where a label is not `ignore_index`. PyTorch compares in the labels' dtype, in which 256 is the uint8 0."""
+    if target.is_floating_point() or torch.iinfo(target.dtype).min <= ignore_index <= torch.iinfo(target.dtype).max:
+        return target != ignore_index
+    return torch.ones_like(target, dtype=torch.bool)
 
 
 @torch.library.register_fake("segfast::pixelwise_kl")
@@ -131,9 +138,9 @@ def pixelwise_kl(
     Raises:
         ValueError: not rank 4, no classes, unequal shapes or devices, a target or mask of another shape, a temperature that is
             not positive and finite, an unknown reduction.
-        TypeError: logits not of a real float dtype, target not integer, mask not bool.
+        TypeError: logits not of a real float dtype, target or ignore_index not integer, mask not bool.
     """
-    check("pixelwise_kl", student, teacher, temperature, target, mask, reduction)
+    check("pixelwise_kl", student, teacher, temperature, target, ignore_index, mask, reduction)
     options = {"temperature": temperature, "reduction": reduction}
     differentiable = torch.is_grad_enabled() and student.requires_grad
     if not _backend.has_kernel("pixelwise_kl", student, teacher) or (torch.is_grad_enabled() and teacher.requires_grad):
@@ -150,7 +157,7 @@ def pixelwise_kl(
     return torch.ops.segfast.pixelwise_kl.default(student.detach(), teacher.detach(), valid, float(temperature), index, False)[0]
 
 
-def check(op: str, student, teacher, temperature, target, mask, reduction) -> None:
+def check(op: str, student, teacher, temperature, target, ignore_index, mask, reduction) -> None:
     for name, x in (("student", student), ("teacher", teacher)):
         if x.dtype not in _backend.DTYPES:
             raise TypeError(f"{op}: want {name} of float32, float64, float16 or bfloat16, got {x.dtype}")
@@ -170,7 +177,13 @@ def check(op: str, student, teacher, temperature, target, mask, reduction) -> No
     for name, x in (("teacher", teacher), ("target", target), ("mask", mask)):
         if x is not None and x.device != student.device:
             raise ValueError(f"{op}: want {name} on the student's device {student.device}, got {x.device}")
+    check_ignored(op, ignore_index)
     check_options(op, temperature, reduction)
+
+
+def check_ignored(op: str, ignore_index: int) -> None:
+    if not _backend.is_whole(ignore_index):
+        raise TypeError(f"{op}: want ignore_index an int, got {ignore_index!r}")
 
 
 def check_options(op: str, temperature: float, reduction: str) -> None:

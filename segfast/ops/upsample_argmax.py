@@ -85,10 +85,10 @@ def upsample_argmax(
 
     Raises:
         ValueError: not rank 4, no classes or pixels, a size below 1, another dtype, more classes than the dtype can number.
-        TypeError: logits not of a real float dtype.
+        TypeError: logits not of a real float dtype, align_corners not bool.
     """
     check_logits("upsample_argmax", "logits", logits)
-    size = check_size("upsample_argmax", size)
+    size = check_size("upsample_argmax", size, align_corners)
     if dtype not in DTYPES:
         raise ValueError(f"upsample_argmax: want dtype torch.uint8, torch.int32 or torch.int64, got {dtype}")
     if logits.shape[1] > torch.iinfo(dtype).max + 1:
@@ -107,11 +107,19 @@ def pair(size: int | tuple[int, int]) -> tuple[int, int]:
     return tuple(size) if isinstance(size, tuple | list) else (size, size)
 
 
-def check_size(op: str, size: int | tuple[int, int]) -> tuple[int, int]:
+def check_size(op: str, size: int | tuple[int, int], align_corners: bool = False) -> tuple[int, int]:
     both = pair(size)
-    if len(both) != 2 or any(isinstance(s, float | Tensor | str) or s is None or s < 1 for s in both):
+    if torch.jit.is_tracing():  # which makes tensors of sizes
+        both = tuple(int(s) if isinstance(s, Tensor) else s for s in both)
+    if len(both) != 2 or not all(_backend.is_whole(s) and s >= 1 for s in both):
         raise ValueError(f"{op}: want size (H, W), or one int for both, of at least 1, got {size}")
+    check_aligned(op, align_corners)
     return both
+
+
+def check_aligned(op: str, align_corners: bool) -> None:
+    if align_corners not in (False, True, None):
+        raise TypeError(f"{op}: want align_corners True or False, got {align_corners!r}")
 
 
 def check_logits(op: str, name: str, x: Tensor) -> None:

@@ -6,7 +6,8 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from segfast import _backend
-from segfast.ops.upsample_argmax import check_logits, upsample, wide_dtype
+from segfast.ops.pixelwise_kl import check_ignored
+from segfast.ops.upsample_argmax import check_aligned, check_logits, upsample, wide_dtype
 
 REDUCTIONS = ("none", "mean", "sum")
 
@@ -136,7 +137,7 @@ def upsample_cross_entropy(
     and its gradient; the interpolated logits, their softmax and their gradient are never stored. With `ohem_threshold` only hard
     pixels count (online hard example mining: Shrivastava et al., arXiv:1604.03540; of pixels: Wu et al., arXiv:1605.06885, sec.
     3.2): those whose true class has a probability below the threshold, and in any case the `ohem_min_kept` hardest of the batch,
-    with all that are as hard as the last of them.
+    with all that are as hard as the last of them (pixels that are so but for rounding may fall on either side).
 
     Args:
         logits: (N, C, H, W), float, any strides; float16 and bfloat16 are computed in float32.
@@ -151,16 +152,18 @@ def upsample_cross_entropy(
 
     Returns:
         A scalar, or (N, H', W') with reduction="none" and 0 at pixels that do not count; float64 for float64 logits, else
-        float32. 0, with zero gradients, where no pixel counts.
+        float32. 0, with zero gradients, where no pixel counts; a NaN among the logits is in the gradient anyway, as in eager.
 
     Raises:
         ValueError: not rank 4, no classes or pixels, a target of another batch, shape or device, a weight of another shape or
             device, label_smoothing, ohem_threshold or ohem_min_kept out of range, an unknown reduction.
-        TypeError: logits or weight not of a real float dtype, target not integer.
+        TypeError: logits or weight not of a real float dtype, target or ignore_index not integer, align_corners not bool.
         RuntimeError: a label outside the classes, with its value and position; on CUDA these are printed before a device
             assert ends the run. (The reference raises what F.cross_entropy does.)
     """
     check("upsample_cross_entropy", logits, target, weight)
+    check_ignored("upsample_cross_entropy", ignore_index)
+    check_aligned("upsample_cross_entropy", align_corners)
     check_options("upsample_cross_entropy", label_smoothing, ohem_threshold, ohem_min_kept, reduction)
     if not _backend.has_kernel("upsample_cross_entropy", logits, target):
         return upsample_cross_entropy_reference(
@@ -188,8 +191,7 @@ def check(op: str, logits: Tensor, target: Tensor, weight: Tensor | None) -> Non
     if target.dim() != 3 or target.shape[0] != logits.shape[0] or 0 in target.shape[1:]:
         got = f"{tuple(target.shape)} for logits of shape {tuple(logits.shape)}"
         raise ValueError(f"{op}: want target of shape (N, H', W') with the logits' N and H' and W' > 0, got {got}")
-    if weight is not None and weight.dtype not in _backend.DTYPES:
-        raise TypeError(f"{op}: want weight of float32, float64, float16 or bfloat16, got {weight.dtype}")
+    check_weight(op, weight)
     if weight is not None and tuple(weight.shape) != (logits.shape[1],):
         raise ValueError(f"{op}: want weight of shape (C,) = ({logits.shape[1]},), got {tuple(weight.shape)}")
     for name, x in (("target", target), ("weight", weight)):
@@ -197,14 +199,21 @@ def check(op: str, logits: Tensor, target: Tensor, weight: Tensor | None) -> Non
             raise ValueError(f"{op}: want {name} on the logits' device {logits.device}, got {x.device}")
 
 
+def check_weight(op: str, weight: Tensor | None) -> None:
+    got = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
+    if weight is not None and got not in _backend.DTYPES:
+        raise TypeError(f"{op}: want weight a tensor of float32, float64, float16 or bfloat16, got {got}")
+
+
 def check_options(op: str, label_smoothing: float, ohem_threshold: float | None, ohem_min_kept: int, reduction: str) -> None:
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"{op}: want label_smoothing in [0, 1], got {label_smoothing}")
     if ohem_threshold is not None and not 0 < ohem_threshold <= 1:
         raise ValueError(f"{op}: want ohem_threshold None or in (0, 1], got {ohem_threshold}")
-    if ohem_min_kept < 0 or (ohem_threshold is None and ohem_min_kept != 0):
+    if not _backend.is_whole(ohem_min_kept) or ohem_min_kept < 0 or (ohem_threshold is None and ohem_min_kept != 0):
         raise ValueError(
-            f"{op}: want ohem_min_kept >= 0, and 0 without ohem_threshold, got {ohem_min_kept} with threshold {ohem_threshold}"
+            f"{op}: want ohem_min_kept an int >= 0, and 0 without ohem_threshold, "
+            f"got {ohem_min_kept} with threshold {ohem_threshold}"
         )
     if reduction not in REDUCTIONS:
         raise ValueError(f"{op}: want reduction {', '.join(REDUCTIONS)}, got {reduction!r}")

@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from segfast import _backend
-from segfast.ops.pixelwise_kl import REDUCTIONS, check_options, pixelwise_kl_reference, valid_pixels
+from segfast.ops.pixelwise_kl import REDUCTIONS, check_ignored, check_options, pixelwise_kl_reference, valid_pixels
 from segfast.ops.upsample_argmax import check_logits, check_size, pair, upsample, wide_dtype
 from segfast.ops.upsample_cross_entropy import gradient_like, scaled
 
@@ -117,11 +117,12 @@ def upsample_pixelwise_kl(
     Raises:
         ValueError: not rank 4, no classes or pixels, unequal N, C or devices, a size below 1, a target or mask of another shape,
             a temperature that is not positive and finite, an unknown reduction.
-        TypeError: logits not of a real float dtype, target not integer, mask not bool.
+        TypeError: logits not of a real float dtype, target or ignore_index not integer, mask or align_corners not bool.
     """
     op = "upsample_pixelwise_kl"
-    size = check_size(op, size)
+    size = check_size(op, size, align_corners)
     check(op, student, teacher, size, target, mask)
+    check_ignored(op, ignore_index)
     check_options(op, temperature, reduction)
     if not _backend.has_kernel(op, student, teacher) or (torch.is_grad_enabled() and teacher.requires_grad):
         return upsample_pixelwise_kl_reference(

@@ -55,7 +55,8 @@ def divergence(
     s_from = student + image * s_image + pixel[:, None] * s_pixel
     t_from = teacher + image * t_image + pixel[:, None] * t_pixel
 
-    max_s = tl.full((BLOCK_PIXELS,), -3.0e38, ACC)  # finite: a class of -inf gives exp(-inf), not the exponential of NaN
+    # The lowest finite number: a class of -inf gives exp(-inf), not the exponential of NaN.
+    max_s = tl.full((BLOCK_PIXELS,), -1.7976931348623157e308 if ACC == tl.float64 else -3.4028234663852886e38, ACC)  # noqa: SIM300
     max_t = max_s
     sum_s = tl.zeros((BLOCK_PIXELS,), ACC)
     sum_t = sum_s

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from segfast import _backend
+from segfast.ops.pixelwise_kl import counted
 from segfast.triton.upsample import Axis, accumulation, between, place
 
 CONFIGS = {
@@ -55,7 +56,8 @@ def losses(
     counts = inside & (label != ignore_index)
     label = tl.where(counts & (label >= 0) & (label < classes), label, 0)  # another one is reported, and ends the run
 
-    most = tl.full((BLOCK,), -3.0e38, ACC)  # finite: a class of -inf gives exp(-inf), not the exponential of NaN
+    # The lowest finite number: a class of -inf gives exp(-inf), not the exponential of NaN.
+    most = tl.full((BLOCK,), -1.7976931348623157e308 if ACC == tl.float64 else -3.4028234663852886e38, ACC)  # noqa: SIM300
     total = tl.zeros((BLOCK,), ACC)
     spread = tl.zeros((BLOCK,), ACC)
     own = tl.zeros((BLOCK,), ACC)
@@ -159,7 +161,7 @@ class Pixels:
             ones = logits.new_ones((classes,), dtype=acc) if weight is None else weight
             self.smooth = ones * (smoothing / classes)
         self.smooth_total = own if self.smooth is None else self.smooth.sum()
-        self.valid = self.target != ignore_index
+        self.valid = counted(self.target, ignore_index)
         wrong = self.valid & ((self.target < 0) | (self.target >= classes))
         if self.target.numel() == 0:
             return

@@ -38,7 +38,8 @@ def divergences(
     s_from = s + image * s_image + tl.zeros((1, BLOCK), tl.int64)
     t_from = t + image * t_image + tl.zeros((1, BLOCK), tl.int64)
     degrees = tl.load(degrees_in)
-    max_s = tl.full((BLOCK,), -3.0e38, ACC)  # finite: a class of -inf gives exp(-inf), not the exponential of NaN
+    # The lowest finite number: a class of -inf gives exp(-inf), not the exponential of NaN.
+    max_s = tl.full((BLOCK,), -1.7976931348623157e308 if ACC == tl.float64 else -3.4028234663852886e38, ACC)  # noqa: SIM300
     max_t = max_s
     sum_s = tl.zeros((BLOCK,), ACC)
     sum_t = sum_s
