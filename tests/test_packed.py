@@ -150,6 +150,26 @@ def test_winograd_against_conv2d(kernel_set, shape):
     check(f"winograd {shape}", kernel, reference, x, list(weights), added)
 
 
+@pytest.mark.parametrize(
+    "first, behind, factors", [(16, 0, (2, 2)), (5, 20, (2, 1)), (33, 7, (1, 1)), (24, 24, (3, 2)), (1, 3, (1, 4))]
+)
+def test_winograd_of_pieces(first, behind, factors, kernel_set):
+    """The bits of the same call on the map that the pieces make."""
+    torch.manual_seed(0)
+    for h, w, padding, dilation in [(3, 5, 1, 1), (4, 9, 2, 2), (1, 6, 1, 1)]:
+        x = last(torch.randn(2, first, h, w))
+        whole = x.repeat_interleave(factors[0], 2).repeat_interleave(factors[1], 3)
+        more = torch.randn(2, behind, *whole.shape[2:]) if behind else None
+        whole = whole if more is None else torch.cat([whole, more], 1)
+        packed = OPS.pack_winograd(*weight(18, first + behind, 3), 1)
+        geometry = [1, 1], [padding, padding], [dilation, dilation], 1
+        want = OPS.packed_winograd(last(whole), packed, *geometry)
+        assert torch.equal(OPS.packed_winograd(x, packed, *geometry, None, more, factors), want)
+        add = last(torch.randn_like(want))
+        same = OPS.packed_winograd(x, packed, *geometry, add, more, factors)
+        assert torch.equal(same, OPS.packed_winograd(last(whole), packed, *geometry, add))
+
+
 def test_winograd_is_as_exact_as_the_direct_form(kernel_set):
     """Over many channels the root mean square of its errors stays below twice that of the direct kernel."""
     torch.manual_seed(0)
@@ -205,6 +225,7 @@ def test_odd_channels_take_nothing_from_the_next_pixel(kernel_set):
 
 def test_wrong_arguments_raise():
     packed = OPS.pack_conv(*weight(8, 4, 3), 1)
+    wide = OPS.pack_winograd(*weight(8, 8, 3), 1)
     x = last(torch.randn(1, 4, 5, 5))
     ones, zeros = [1, 1], [0, 0]
     assert OPS.packed_conv(x, packed, ones, zeros, ones, 0).shape == (1, 8, 3, 3)
@@ -224,6 +245,10 @@ def test_wrong_arguments_raise():
         ("pack_inverted_residual", lambda: OPS.packed_inverted_residual(x, packed, ones, zeros, ones, 0, 0, 0)),
         ("pack_winograd", lambda: OPS.packed_winograd(x, packed, ones, zeros, ones, 0)),
         ("stride 1", lambda: OPS.packed_winograd(x, OPS.pack_winograd(*weight(8, 4, 3), 1), [2, 2], zeros, ones, 0)),
+        ("more", lambda: OPS.packed_winograd(x, wide, ones, zeros, ones, 0, None, x[:, :, 1:])),
+        ("channels", lambda: OPS.packed_winograd(x, wide, ones, zeros, ones, 0, None, x[:, 1:])),
+        ("factors", lambda: OPS.packed_winograd(x, wide, ones, zeros, ones, 0, None, x, [0, 1])),
+        ("more of the size", lambda: OPS.packed_winograd(x, wide, ones, zeros, ones, 0, None, x, [2, 2])),
         ("3, 3", lambda: OPS.pack_winograd(*weight(8, 4, 5), 1)),
         ("3, 3", lambda: OPS.pack_winograd(*weight(8, 4, 3), 1, torch.bfloat16)),
         ("bias", lambda: OPS.pack_conv(torch.randn(8, 4, 3, 3), torch.randn(4), 1)),

@@ -30,6 +30,9 @@ struct PackedArgs {
   bool deep;            // rows of products are filled up with zeros to deep_words
   const T *x, *add;     // add may be null
   T* y;
+  const T* more;      // of Winograd's: the channels from `first` on, where x has no more; null
+  int64_t first;      // channels of x
+  int64_t fy, fx;     // x is repeated so often, down and across
   bool planar;  // x is contiguous, N C H W: the dense convolution takes an image, and pixels of no whole number of words, so
   const float *expand, *expand_shift, *dw, *dw_shift, *pw, *pw_shift;  // expand and pw: words
   int64_t expand_act, dw_act, act;
@@ -569,18 +572,29 @@ Tensor pack_inverted_residual_cpu(const Tensor& expand_weight, const Tensor& exp
   return packer.finish(expand_weight);
 }
 
+// The image of a convolution: x with every pixel repeated, fy times down and fx across, and the channels of `more` behind its own.
+struct Joined {
+  std::optional<Tensor> more;
+  int64_t fy = 1, fx = 1;
+};
+
 // A checked call: its tensors, and what the kernels get.
 template <class T>
 struct Call {
   Tensor x, y;
-  std::optional<Tensor> add;
+  std::optional<Tensor> add, more;
   PackedArgs<T> o{};
   int64_t kind;
 
   static constexpr ScalarType dtype = std::is_same_v<T, BFloat16> ? ScalarType::BFloat16 : ScalarType::Float;
 
+  bool is_map(const Tensor& t, int64_t c, int64_t h, int64_t w) const {
+    return t.is_cpu() && t.scalar_type() == dtype && t.dim() == 4 && t.size(0) == o.g.n && t.size(1) == c && t.size(2) == h &&
+           t.size(3) == w;
+  }
+
   Call(const char* op, const Tensor& input, const Tensor& packed, Ints stride, Ints padding, Ints dilation,
-       std::initializer_list<int64_t> acts, const std::optional<Tensor>& more)
+       std::initializer_list<int64_t> acts, const std::optional<Tensor>& added, const Joined& joined = {})
       : x(input), y(input) {
     STD_TORCH_CHECK(input.is_cpu() && input.dim() == 4 && input.scalar_type() == dtype, op,
                     ": want x (N, C, H, W) in float32 or bfloat16 on the CPU");
@@ -599,8 +613,10 @@ struct Call {
     }
     for (const int64_t act : acts) STD_TORCH_CHECK(act >= kIdentity && act <= kLeakyRelu, op, ": want an activation from 0 to 5");
     const int64_t channels = h.kind == kInverted ? h.ci : h.c;
-    STD_TORCH_CHECK(input.size(1) == channels, op, ": want as many channels in x as the weights have");
-    o.g = Geometry{input.size(0), h.c,       input.size(2), input.size(3), h.k,        0,           0,          h.kh,
+    const int64_t behind = joined.more ? joined.more->size(1) : 0, height = input.size(2) * joined.fy;
+    const int64_t width = input.size(3) * joined.fx;
+    STD_TORCH_CHECK(input.size(1) + behind == channels, op, ": want as many channels in x as the weights have");
+    o.g = Geometry{input.size(0), h.c,       height,        width,         h.k,        0,           0,          h.kh,
                    h.kw,          stride[0], stride[1],     padding[0],    padding[1], dilation[0], dilation[1]};
     Geometry& g = o.g;
     if (kind == kTransposed) {
@@ -620,14 +636,17 @@ struct Call {
     o.planar = kind == kDense && (g.c % kPerWord<T> != 0 || g.c == 3) && input.is_contiguous();
     if (!o.planar) x = contiguous_as(input, true);
     y = empty({g.n, g.k, g.oh, g.ow}, dtype, x, true);
-    if (more) {
-      STD_TORCH_CHECK(more->is_cpu() && more->scalar_type() == dtype && more->dim() == 4 && more->size(0) == g.n &&
-                          more->size(1) == g.k && more->size(2) == g.oh && more->size(3) == g.ow,
-                      op, ": want add of the shape and dtype of the result");
-      add = contiguous_as(*more, true);
+    if (added) {
+      STD_TORCH_CHECK(is_map(*added, g.k, g.oh, g.ow), op, ": want add of the shape and dtype of the result");
+      add = contiguous_as(*added, true);
       o.add = data<T>(*add);
     }
-    o.x = data<T>(x), o.y = data<T>(y);
+    if (joined.more) {
+      STD_TORCH_CHECK(is_map(*joined.more, behind, g.h, g.w), op, ": want more of the size and dtype of x repeated");
+      more = contiguous_as(*joined.more, true);
+      o.more = data<T>(*more);
+    }
+    o.x = data<T>(x), o.y = data<T>(y), o.first = g.c - behind, o.fy = joined.fy, o.fx = joined.fx;
   }
 };
 
@@ -681,8 +700,10 @@ Tensor packed_conv_transpose(const Tensor& x, const Tensor& packed, Ints stride,
 }
 
 Tensor packed_winograd(const Tensor& x, const Tensor& packed, Ints stride, Ints padding, Ints dilation, int64_t act,
-                       const std::optional<Tensor>& add) {
-  Call<float> call("packed_winograd", x, packed, stride, padding, dilation, {act}, add);
+                       const std::optional<Tensor>& add, const std::optional<Tensor>& more, Ints repeat) {
+  STD_TORCH_CHECK(repeat.size() == 2 && repeat[0] > 0 && repeat[1] > 0, "packed_winograd: want two factors of 1 and more");
+  STD_TORCH_CHECK(!more || more->dim() == 4, "packed_winograd: want more (N, C, H, W)");
+  Call<float> call("packed_winograd", x, packed, stride, padding, dilation, {act}, add, {more, repeat[0], repeat[1]});
   STD_TORCH_CHECK(call.kind == kWinograd, "packed_winograd: want weights from pack_winograd");
   PackedArgs<float>& o = call.o;
   STD_TORCH_CHECK(o.g.sh == 1 && o.g.sw == 1, "packed_winograd: want stride 1");
@@ -752,9 +773,9 @@ Tensor packed_conv_transpose_cpu(const Tensor& x, const Tensor& packed, Ints str
 }
 
 Tensor packed_winograd_cpu(const Tensor& x, const Tensor& packed, Ints stride, Ints padding, Ints dilation, int64_t act,
-                           const std::optional<Tensor>& add) {
+                           const std::optional<Tensor>& add, const std::optional<Tensor>& more, Ints repeat) {
   winograd_counter.add();
-  return packed_winograd(x, packed, stride, padding, dilation, act, add);
+  return packed_winograd(x, packed, stride, padding, dilation, act, add, more, repeat);
 }
 
 Tensor packed_ds_conv_cpu(const Tensor& x, const Tensor& packed, Ints stride, Ints padding, Ints dilation, int64_t dw_act,

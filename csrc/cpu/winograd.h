@@ -41,25 +41,35 @@ SEGFAST_INLINE void winograd_in(Vec<float>& a, Vec<float>& b, Vec<float>& c, Vec
   c = c - second;
 }
 
+// A part of the image's channels: `c` of them, [h][w][c], each pixel standing for fy x fx; they begin at `to` of a tile's numbers.
+struct WinogradSource {
+  const float* x;
+  int64_t c, fy, fx, to;
+};
+
 // 16 maps [tiles][cp], one after the other; `zero` stands for what is outside the image.
-SEGFAST_INLINE void winograd_inputs(const PackedArgs<float>& o, const WinogradTile* tile, int64_t tiles, const float* zero,
-                                    float* to) {
+SEGFAST_INLINE void winograd_inputs(const PackedArgs<float>& o, const WinogradSource& source, const WinogradTile* tile,
+                                    int64_t tiles, const float* zero, float* to) {
   const Geometry& g = o.g;
+  const int64_t c = source.c, width = g.w / source.fx, height = g.h / source.fy;
   constexpr int L = lanes<float>;
   for (int64_t i = 0; i < tiles; ++i) {
     const auto [n, y0, x0] = tile[i];
     const float* from[16];
+    int64_t column[4];
+    for (int kx = 0; kx < 4; ++kx) {
+      const int64_t x = x0 - g.pw + kx * g.dw;
+      column[kx] = x >= 0 && x < g.w ? x / source.fx * c : -1;
+    }
     for (int ky = 0; ky < 4; ++ky) {
       const int64_t y = y0 - g.ph + ky * g.dh;
-      const float* row = o.x + (n * g.h + y) * g.w * g.c;
-      for (int kx = 0; kx < 4; ++kx) {
-        const int64_t x = x0 - g.pw + kx * g.dw;
-        from[ky * 4 + kx] = y >= 0 && y < g.h && x >= 0 && x < g.w ? row + x * g.c : zero;
-      }
+      const bool inside = y >= 0 && y < g.h;
+      const float* row = source.x + (n * height + (inside ? y / source.fy : 0)) * width * c;
+      for (int kx = 0; kx < 4; ++kx) from[ky * 4 + kx] = inside && column[kx] >= 0 ? row + column[kx] : zero;
     }
-    float* out = to + i * o.cp;
+    float* out = to + i * o.cp + source.to;
     const int64_t map = tiles * o.cp;
-    const auto channels = [&](int64_t c0, auto read) {
+    const auto channels = [&](int64_t c0, auto read, auto write) {
       Vec<float> v[16];
 #pragma GCC unroll 16
       for (int k = 0; k < 16; ++k) v[k] = read(from[k] + c0);
@@ -68,12 +78,16 @@ SEGFAST_INLINE void winograd_inputs(const PackedArgs<float>& o, const WinogradTi
 #pragma GCC unroll 4
       for (int k = 0; k < 16; k += 4) winograd_in(v[k], v[k + 1], v[k + 2], v[k + 3]);
 #pragma GCC unroll 16
-      for (int k = 0; k < 16; ++k) store(out + k * map + c0, v[k]);
+      for (int k = 0; k < 16; ++k) write(out + k * map + c0, v[k]);
     };
     int64_t c0 = 0;
-    for (; c0 + L <= g.c; c0 += L) channels(c0, [](const float* p) { return load(p); });
-    const int left = static_cast<int>(g.c - c0);
-    if (left > 0) channels(c0, [left](const float* p) { return load_n(p, left); });
+    for (; c0 + L <= c; c0 += L) {
+      channels(c0, [](const float* p) { return load(p); }, [](float* p, Vec<float> v) { store(p, v); });
+    }
+    const int left = static_cast<int>(c - c0);
+    if (left > 0) {
+      channels(c0, [left](const float* p) { return load_n(p, left); }, [left](float* p, Vec<float> v) { store_n(p, v, left); });
+    }
   }
 }
 
@@ -131,7 +145,8 @@ void winograd_tiles(const PackedArgs<T>& o, int64_t begin, int64_t end, T* input
     const int64_t tiles = t0 + o.tile < end ? o.tile : end - t0;
     WinogradTile tile[kMostTiles];
     for (int64_t i = 0; i < tiles; ++i) tile[i] = winograd_tile(o.g, t0 + i);
-    winograd_inputs(o, tile, tiles, zero, inputs);
+    winograd_inputs(o, {o.x, o.first, o.fy, o.fx, 0}, tile, tiles, zero, inputs);
+    if (o.more) winograd_inputs(o, {o.more, c - o.first, 1, 1, o.first}, tile, tiles, zero, inputs);
     with_put(o.y, o.add, 0, o.g.k, o.pw_shift, o.act, [&](const auto& put) {
       for (int64_t col0 = 0; col0 < o.kp; col0 += 32) {
         const int64_t width = o.kp - col0 < 32 ? o.kp - col0 : 32;

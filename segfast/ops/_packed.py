@@ -28,7 +28,8 @@ _SCHEMAS = {
     "Tensor project_weight, Tensor project_bias, ScalarType? dtype=None) -> Tensor",
     "packed_conv": f"(Tensor x, Tensor packed, {_GEOMETRY}, int act, Tensor? add=None) -> Tensor",
     "packed_conv_transpose": f"(Tensor x, Tensor packed, {_GEOMETRY}, int act, Tensor? add=None) -> Tensor",
-    "packed_winograd": f"(Tensor x, Tensor packed, {_GEOMETRY}, int act, Tensor? add=None) -> Tensor",
+    "packed_winograd": f"(Tensor x, Tensor packed, {_GEOMETRY}, int act, Tensor? add=None, Tensor? more=None, "
+    "SymInt[] repeat=[1, 1]) -> Tensor",
     "packed_ds_conv": f"(Tensor x, Tensor packed, {_GEOMETRY}, int dw_act, int act, Tensor? add=None) -> Tensor",
     "packed_inverted_residual": f"(Tensor x, Tensor packed, {_GEOMETRY}, int expand_act, int dw_act, int act, "
     "Tensor? add=None) -> Tensor",

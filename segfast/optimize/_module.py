@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from segfast.optimize._capture import Capture, Graph, NotCaptured, Op, capture, key
 from segfast.optimize._memory import Plan, borrow, give_back, place_next
 from segfast.optimize._nodes import Builder, Weights
-from segfast.optimize._patterns import Aten, Step, match
+from segfast.optimize._patterns import Aten, Step, join, match
 
 DTYPES = (torch.float32, torch.bfloat16)
 CLASS_DTYPES = (None, torch.uint8, torch.int32, torch.int64)
@@ -322,9 +322,8 @@ class OptimizedModel(nn.Module):
             raise NotCaptured(f"it is on {', '.join(sorted(places))}; there is nothing but CPU kernels here")
         args, kwargs = tree_unflatten(flat, structure)
         graph = self._graph(args, kwargs, flat)
-        steps = match(graph)
         builder = Builder(graph, self._weights, self.class_dtype)
-        return Program(graph, steps, builder)
+        return Program(graph, join(match(graph), builder.reads_pieces), builder)
 
     def _graph(self, args: tuple, kwargs: dict, flat: list) -> Graph:
         for captured in self._captures:

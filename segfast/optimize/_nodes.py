@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -20,6 +21,7 @@ from segfast.optimize._patterns import (
     Concat,
     Convolution,
     Head,
+    Joined,
     Recode,
     Repeat,
     Resize,
@@ -102,6 +104,10 @@ def named(graph: Graph, step: Convolution, *more) -> tuple | None:
     return None if None in names else (*names, *more)
 
 
+def geometry_of(step: Convolution) -> tuple[list[int], list[int], list[int]]:
+    return list(step.stride), list(step.padding), list(step.dilation)
+
+
 def few_or_pointwise(step: Convolution) -> bool:
     """packed_conv is faster than oneDNN for the first convolution, of few channels, and for 1x1 ones of enough outputs."""
     outputs, inputs = step.weight.shape[:2]
@@ -114,7 +120,7 @@ def winograd(step: Convolution) -> bool:
     kernel of ours puts its result where it saves memory."""
     outputs, inputs, *size = step.weight.shape
     plain = size == [3, 3] and tuple(step.stride) == (1, 1) and step.groups == 1 and step.output.dtype == torch.float32
-    return plain and inputs >= 16 and outputs >= (17 if step.output.shape[2:].numel() < 1 << 18 else 16)
+    return plain and inputs >= 16 and outputs >= (17 if math.prod(step.output.shape[2:]) < 1 << 18 else 16)
 
 
 def tiled(step: Convolution) -> bool:
@@ -198,16 +204,7 @@ class Builder:
     def packed(self, step: Step, parts: list[Convolution], pack, kernel) -> tuple[str, Run, list[Op]]:
         """One kernel over weights packed for it; the geometry is that of the convolution that has one."""
         spatial = max(parts, key=lambda part: part.depthwise) if len(parts) > 1 else parts[0]
-
-        def make():
-            tensors = [t.float().contiguous() for part in parts for t in self.weights.folded(part, self.graph)]
-            groups = [parts[0].groups] if len(parts) == 1 else []
-            return pack(*tensors, *groups, self.weights.dtype)
-
-        names = [named(self.graph, part) for part in parts]
-        name = None if None in names else (*(n for part in names for n in part), pack.name())
-        packed = self.weights.get(name, make)
-        geometry = (list(spatial.stride), list(spatial.padding), list(spatial.dilation))
+        packed, geometry = self.packed_weights(parts, pack), geometry_of(spatial)
         acts = [part.act.code for part in parts]
         how = kernel.name().partition(".")[0]
         if len(step.inputs) == 1 and step.inputs[0].shape[1] % 2 and len(parts) == 1:  # the kernel takes an image as it is
@@ -220,6 +217,31 @@ class Builder:
             return kernel(x.contiguous(memory_format=CHANNELS_LAST), packed, *geometry, *acts, add)
 
         return how, run, step.inputs
+
+    def packed_weights(self, parts: list[Convolution], pack) -> Tensor:
+        def make():
+            tensors = [t.float().contiguous() for part in parts for t in self.weights.folded(part, self.graph)]
+            groups = [parts[0].groups] if len(parts) == 1 else []
+            return pack(*tensors, *groups, self.weights.dtype)
+
+        names = [named(self.graph, part) for part in parts]
+        return self.weights.get(None if None in names else (*(n for part in names for n in part), pack.name()), make)
+
+    def reads_pieces(self, step: Convolution) -> bool:
+        """Whether the convolution runs on the kernel that reads its map in pieces."""
+        return step.act.code is not None and self.packable(step) and has("packed_winograd") and winograd(step)
+
+    def joined(self, step: Joined) -> tuple[str, Run, list[Op]]:
+        self.owned.add(step.output)
+        conv, kernel = step.conv, torch.ops.segfast.packed_winograd.default
+        packed, geometry = self.packed_weights([conv], torch.ops.segfast.pack_winograd.default), geometry_of(conv)
+
+        def run(*maps):
+            x, *rest = (x.contiguous(memory_format=CHANNELS_LAST) for x in maps)
+            more = rest.pop(0) if step.more else None
+            return kernel(x, packed, *geometry, conv.act.code, rest[0] if rest else None, more, step.factors)
+
+        return "segfast::packed_winograd", run, step.inputs
 
     def onednn_convolution(self, step: Convolution) -> tuple[str, Run, list[Op]]:
         shape = step.inputs[0].shape

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -142,6 +143,21 @@ class Repeat(Step):
 
     factors: Pair
     kind = "resize_nearest"
+
+
+@dataclass(eq=False)
+class Joined(Step):
+    """A convolution that reads its map in pieces, which nobody writes as one: x, its pixels repeated, and the channels of another
+    map behind its own if `more`. Those two and what is added, if anything, are `inputs`."""
+
+    conv: Convolution
+    factors: Pair
+    more: bool
+
+    @property
+    def kind(self) -> str:
+        parts = [*(["resize_nearest"] if self.factors != (1, 1) else []), *(["cat"] if self.more else []), self.conv.kind]
+        return "+".join(parts)
 
 
 @dataclass(eq=False)
@@ -419,6 +435,30 @@ def concat(op: Op, free: Free, graph: Graph) -> Concat | None:
     if (step.slope or step.act.name) and op is not step.output:
         step.covers.append(op)
     return step
+
+
+def join(steps: list[Step], reads: Callable[[Convolution], bool]) -> list[Step]:
+    """The steps, with nearest interpolation and concatenation of two maps drawn into a convolution that can read such pieces."""
+    made = {step.output: step for step in steps}
+    found: dict[Step, Step] = {}
+    for step in steps:
+        if isinstance(step, Convolution) and reads(step):
+            drawn, x, more = [], step.inputs[0], []
+            if isinstance(before := alone(made.get(x)), Concat) and before.kind == "cat" and len(before.inputs) == 2:
+                drawn, (x, *more) = [before], before.inputs
+            factors = (1, 1)
+            if isinstance(before := alone(made.get(x)), Repeat) and x not in more:
+                drawn, x, factors = [before, *drawn], before.inputs[0], before.factors
+            if drawn:
+                covers = [op for part in (*drawn, step) for op in part.covers]
+                found[step] = Joined(covers, [x, *more, *step.inputs[1:]], step, factors, bool(more))
+                found |= dict.fromkeys(drawn)
+    return [found.get(step, step) for step in steps if found.get(step, step) is not None]
+
+
+def alone(step: Step | None) -> Step | None:
+    """A step whose result one other reads, and the caller does not."""
+    return step if step is not None and len(step.output.users) == 1 and None not in step.output.users else None
 
 
 def concatenated(op: Op) -> list[Op] | None:
