@@ -124,6 +124,33 @@ def test_max_pool(kernel_set, dtype):  # noqa: F811
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
+    "shape",
+    [(2, 3, 64, 37, 41, 7, 2, 3), (1, 3, 19, 9, 600, 3, 2, 1), (2, 4, 33, 8, 10, 3, 1, 1), (1, 1, 16, 7, 8, 5, 1, 0)],
+    ids=str,
+)
+def test_packed_conv_pool(kernel_set, dtype, shape):  # noqa: F811
+    """The bits of the convolution's kernel and then the pooling's, from image to image and band to band."""
+    n, c, k, h, w, size, stride, padding = shape
+    torch.manual_seed(0)
+    weight, bias = (torch.randn(k, c, size, size) / (c * size**2) ** 0.5).bfloat16().float(), torch.randn(k)
+    packed = OPS.pack_conv(weight, bias, 1, dtype)
+    geometry = [stride, stride], [padding, padding], [1, 1]
+    for pool in (((3, 3), (2, 2), (1, 1), (1, 1)), ((2, 2), (2, 2), (0, 0), (1, 1)), ((1, 2), (3, 1), (0, 1), (1, 1))):
+        for layout, act in ((torch.Tensor.contiguous, 1), (last, 5)):
+            x = layout(torch.randn(n, c, h, w)).to(dtype)
+            want = OPS.packed_conv(x, packed, *geometry, act)
+            out = F.max_pool2d(want, *pool).shape[2:]
+            y = same_on_two_threads(lambda: OPS.packed_conv_pool(x, packed, *geometry, act, out, *pool))  # noqa: B023
+            assert torch.equal(y, OPS.max_pool(want, out, *pool))
+            assert y.is_contiguous(memory_format=torch.channels_last)
+    with pytest.raises(RuntimeError, match="packed_conv_pool: want two numbers"):
+        OPS.packed_conv_pool(x, packed, *geometry, act, out, [1], *pool[1:])
+    with pytest.raises(RuntimeError, match="packed_conv_pool: want windows that touch the map"):
+        OPS.packed_conv_pool(x, packed, *geometry, act, [1000, 1], *pool)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
     "shape", [(2, 6, 19, 5, 7, 2, 2), (1, 64, 8, 3, 40, 2, 2), (1, 4, 33, 2, 3, 3, 1), (1, 18, 1, 9, 4, 1, 4)], ids=str
 )
 def test_packed_conv_transpose(kernel_set, dtype, shape):  # noqa: F811

@@ -14,6 +14,7 @@
 #define SEGFAST_TILES
 #include "each_isa.h"
 #include "fused_conv.h"
+#include "max_pool.h"
 #include "product.h"
 
 #ifndef SEGFAST_PACKED_TYPES
@@ -291,6 +292,38 @@ void dense_rows(const PackedArgs<T>& o, int64_t begin, int64_t end, T* patch) {
   }
 }
 
+// A dense convolution whose rows go to max-pooling at once: rows [begin, end) of N * the rows of y. `band` holds the rows of the
+// convolution that `together` rows of y need; what the next ones need too is kept. `ring` and `patch` are odd_rows's, or dense_rows's.
+template <class T>
+void pooled_rows(const PackedArgs<T>& o, const Windows& p, int64_t rows, int64_t columns, int64_t together, bool odd,
+                 int64_t begin, int64_t end, T* y, T* band, T* ring, T* patch) {
+  const int64_t line = p.width * p.channels;
+  int64_t image = -1, first = 0, last = 0;  // the rows in the band
+  for (int64_t r = begin; r < end;) {
+    const int64_t n = r / rows, top = r % rows;
+    int64_t stop = top + together < rows ? top + together : rows;
+    if (stop - top > end - r) stop = top + end - r;
+    const int64_t from = p.first(top), to = p.last(stop - 1);
+    if (n != image || from >= last) {
+      last = from;
+    } else {
+      memmove(band, band + (from - first) * line, (last - from) * line * sizeof(T));
+    }
+    image = n, first = from;
+    if (last < to) {
+      PackedArgs<T> part = o;
+      part.y = band - (n * p.height + first) * line;
+      if (odd) {
+        odd_rows(part, n * p.height + last, n * p.height + to, ring, patch);
+      } else {
+        dense_rows(part, n * p.height + last, n * p.height + to, ring);
+      }
+      last = to;
+    }
+    for (int64_t row = top; row < stop; ++row, ++r) max_row(p, band - first * line, row, columns, y + r * columns * p.channels);
+  }
+}
+
 // Inverted residuals: output rows of column strips, [begin, end) of N * strips * OH. Going down a strip, the expanded rows under
 // the kernel are kept in a ring (row iy in slot iy % (dh * (kh - 1) + 1)) with columns of zeros where the strip leaves the image:
 // each expanded value is computed once, but for the columns that two strips share and the first rows of a range. `line`, zero
@@ -350,7 +383,7 @@ namespace segfast {
 namespace {
 
 Counter conv_counter("packed_conv"), winograd_counter("packed_winograd"), transpose_counter("packed_conv_transpose"),
-    ds_counter("packed_ds_conv"), inverted_counter("packed_inverted_residual");
+    pool_counter("packed_conv_pool"), ds_counter("packed_ds_conv"), inverted_counter("packed_inverted_residual");
 
 using Ints = torch::headeronly::IntHeaderOnlyArrayRef;
 enum Kind : int64_t { kDense, kDepthwise, kSeparable, kInverted, kWinograd, kTransposed };
@@ -594,7 +627,7 @@ struct Call {
   }
 
   Call(const char* op, const Tensor& input, const Tensor& packed, Ints stride, Ints padding, Ints dilation,
-       std::initializer_list<int64_t> acts, const std::optional<Tensor>& added, const Joined& joined = {})
+       std::initializer_list<int64_t> acts, const std::optional<Tensor>& added, const Joined& joined = {}, bool result = true)
       : x(input), y(input) {
     STD_TORCH_CHECK(input.is_cpu() && input.dim() == 4 && input.scalar_type() == dtype, op,
                     ": want x (N, C, H, W) in float32 or bfloat16 on the CPU");
@@ -635,7 +668,7 @@ struct Call {
     o.pw = at(h.pw), o.pw_shift = at(h.pw_shift);
     o.planar = kind == kDense && (g.c % kPerWord<T> != 0 || g.c == 3) && input.is_contiguous();
     if (!o.planar) x = contiguous_as(input, true);
-    y = empty({g.n, g.k, g.oh, g.ow}, dtype, x, true);
+    if (result) y = empty({g.n, g.k, g.oh, g.ow}, dtype, x, true);
     if (added) {
       STD_TORCH_CHECK(is_map(*added, g.k, g.oh, g.ow), op, ": want add of the shape and dtype of the result");
       add = contiguous_as(*added, true);
@@ -647,6 +680,20 @@ struct Call {
       o.more = data<T>(*more);
     }
     o.x = data<T>(x), o.y = data<T>(y), o.first = g.c - behind, o.fy = joined.fy, o.fx = joined.fx;
+  }
+};
+
+// What dense_rows, or odd_rows, needs beside the map.
+template <class T>
+struct Gathered {
+  bool odd;
+  int64_t rows, patch;  // elements
+  explicit Gathered(const PackedArgs<T>& o) {
+    const Geometry& g = o.g;
+    const int64_t even = words<T>(g.c) * kPerWord<T>;
+    odd = g.c % kPerWord<T> != 0 || o.planar;
+    rows = odd ? (g.dh * (g.kh - 1) + 1) * (g.w + 2 * g.pw) * even : g.kh * g.kw * g.c;
+    patch = o.deep && g.c % kPerWord<T> != 0 ? o.tile * panel_rows<T>(g.c, g.kh * g.kw) * kPerWord<T> : 0;
   }
 };
 
@@ -669,20 +716,43 @@ Tensor packed_conv(const Tensor& x, const Tensor& packed, Ints stride, Ints padd
       SEGFAST_PACKED_CALL(T, pointwise_tiles, o, begin * o.tile, std::min(end * o.tile, pixels), buffer.p);
     });
   } else {
-    const bool whole = g.c % kPerWord<T> == 0 && !o.planar;
-    const bool patched = o.deep && !whole && g.c % kPerWord<T> != 0;
-    const int64_t even = words<T>(g.c) * kPerWord<T>;
-    const int64_t size = whole ? g.kh * g.kw * g.c : (g.dh * (g.kh - 1) + 1) * (g.w + 2 * g.pw) * even;
+    const Gathered<T> sizes(o);
     parallel_for(0, g.n * g.oh, 1, [&](int64_t begin, int64_t end) {
-      const Buffer<T> rows(size, false), patch(patched ? o.tile * panel_rows<T>(g.c, g.kh * g.kw) * kPerWord<T> : 0);
-      if (whole) {
-        SEGFAST_PACKED_CALL(T, dense_rows, o, begin, end, rows.p);
+      const Buffer<T> rows(sizes.rows, false), patch(sizes.patch);
+      if (sizes.odd) {
+        SEGFAST_PACKED_CALL(T, odd_rows, o, begin, end, rows.p, sizes.patch ? patch.p : nullptr);
       } else {
-        SEGFAST_PACKED_CALL(T, odd_rows, o, begin, end, rows.p, patched ? patch.p : nullptr);
+        SEGFAST_PACKED_CALL(T, dense_rows, o, begin, end, rows.p);
       }
     });
   }
   return call.y;
+}
+
+template <class T>
+Tensor packed_conv_pool(const Tensor& x, const Tensor& packed, Ints stride, Ints padding, Ints dilation, int64_t act,
+                        const std::array<Ints, 5>& pooling) {
+  const char* op = "packed_conv_pool";
+  Call<T> call(op, x, packed, stride, padding, dilation, {act}, {}, {}, false);
+  STD_TORCH_CHECK(call.kind == kDense, op, ": want dense weights from pack_conv");
+  PackedArgs<T>& o = call.o;
+  const Geometry& g = o.g;
+  const Windows p = windows(op, g.k, g.oh, g.ow, pooling);
+  const int64_t rows = pooling[0][0], columns = pooling[0][1];
+  STD_TORCH_CHECK(rows > 0 && columns > 0 && p.first(rows - 1) < p.last(rows - 1), op, ": want windows that touch the map");
+  const Tensor y = empty({g.n, g.k, rows, columns}, Call<T>::dtype, call.x, true);
+  o.act = act, o.tile = product_pixels<T>(g.c * sizeof(T), 65536, 192);
+  if (y.numel() == 0) return y;
+  // A band of about half a megabyte, which stays in L2.
+  const int64_t line = g.ow * g.k, reach = (p.kh - 1) * p.dh + 1;
+  const int64_t together = std::clamp<int64_t>((524288 / (line * static_cast<int64_t>(sizeof(T))) - reach) / p.sh + 1, 1, 8);
+  const Gathered<T> sizes(o);
+  parallel_for(0, g.n * rows, 1, [&](int64_t begin, int64_t end) {
+    const Buffer<T> gathered(sizes.rows, false), patch(sizes.patch), band((reach + (together - 1) * p.sh) * line, false);
+    SEGFAST_PACKED_CALL(T, pooled_rows, o, p, rows, columns, together, sizes.odd, begin, end, data<T>(y), band.p, gathered.p,
+                        sizes.patch ? patch.p : nullptr);
+  });
+  return y;
 }
 
 template <class T>
@@ -764,6 +834,13 @@ Tensor packed_conv_cpu(const Tensor& x, const Tensor& packed, Ints stride, Ints 
   return kernel(x, packed, stride, padding, dilation, act, add);
 }
 
+Tensor packed_conv_pool_cpu(const Tensor& x, const Tensor& packed, Ints stride, Ints padding, Ints dilation, int64_t act,
+                            Ints size, Ints kernel, Ints pool_stride, Ints pool_padding, Ints pool_dilation) {
+  pool_counter.add();
+  const auto run = x.scalar_type() == ScalarType::BFloat16 ? packed_conv_pool<BFloat16> : packed_conv_pool<float>;
+  return run(x, packed, stride, padding, dilation, act, {size, kernel, pool_stride, pool_padding, pool_dilation});
+}
+
 Tensor packed_conv_transpose_cpu(const Tensor& x, const Tensor& packed, Ints stride, Ints padding, Ints dilation, int64_t act,
                                  const std::optional<Tensor>& add) {
   transpose_counter.add();
@@ -803,6 +880,7 @@ STABLE_TORCH_LIBRARY_IMPL(segfast, CPU, m) {
   m.impl("pack_ds_conv", TORCH_BOX(&segfast::pack_ds_conv_cpu));
   m.impl("pack_inverted_residual", TORCH_BOX(&segfast::pack_inverted_residual_cpu));
   m.impl("packed_conv", TORCH_BOX(&segfast::packed_conv_cpu));
+  m.impl("packed_conv_pool", TORCH_BOX(&segfast::packed_conv_pool_cpu));
   m.impl("packed_conv_transpose", TORCH_BOX(&segfast::packed_conv_transpose_cpu));
   m.impl("packed_winograd", TORCH_BOX(&segfast::packed_winograd_cpu));
   m.impl("packed_ds_conv", TORCH_BOX(&segfast::packed_ds_conv_cpu));

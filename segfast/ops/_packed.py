@@ -27,6 +27,8 @@ _SCHEMAS = {
     "pack_inverted_residual": "(Tensor expand_weight, Tensor expand_bias, Tensor dw_weight, Tensor dw_bias, "
     "Tensor project_weight, Tensor project_bias, ScalarType? dtype=None) -> Tensor",
     "packed_conv": f"(Tensor x, Tensor packed, {_GEOMETRY}, int act, Tensor? add=None) -> Tensor",
+    "packed_conv_pool": f"(Tensor x, Tensor packed, {_GEOMETRY}, int act, SymInt[] size, SymInt[] kernel, SymInt[] pool_stride, "
+    "SymInt[] pool_padding, SymInt[] pool_dilation) -> Tensor",
     "packed_conv_transpose": f"(Tensor x, Tensor packed, {_GEOMETRY}, int act, Tensor? add=None) -> Tensor",
     "packed_winograd": f"(Tensor x, Tensor packed, {_GEOMETRY}, int act, Tensor? add=None, Tensor? more=None, "
     "SymInt[] repeat=[1, 1]) -> Tensor",

@@ -323,7 +323,7 @@ class OptimizedModel(nn.Module):
         args, kwargs = tree_unflatten(flat, structure)
         graph = self._graph(args, kwargs, flat)
         builder = Builder(graph, self._weights, self.class_dtype)
-        return Program(graph, join(match(graph), builder.reads_pieces), builder)
+        return Program(graph, join(match(graph), builder.reads_pieces, builder.pools), builder)
 
     def _graph(self, args: tuple, kwargs: dict, flat: list) -> Graph:
         for captured in self._captures:

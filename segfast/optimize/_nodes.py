@@ -22,6 +22,7 @@ from segfast.optimize._patterns import (
     Convolution,
     Head,
     Joined,
+    Pooled,
     Recode,
     Repeat,
     Resize,
@@ -108,6 +109,14 @@ def geometry_of(step: Convolution) -> tuple[list[int], list[int], list[int]]:
     return list(step.stride), list(step.padding), list(step.dilation)
 
 
+def windows_of(op: Op) -> tuple[list[int], ...]:
+    """Of max-pooling: size of the result, kernel, stride, padding, dilation."""
+    given = list(op.args[1:5])
+    given += [[], [0], [1]][len(given) - 1 :]  # what is left out
+    kernel, stride, padding, dilation = (list(numbers) * (2 // max(1, len(numbers))) for numbers in given)
+    return list(op.shape[2:]), kernel, stride or kernel, padding, dilation
+
+
 def few_or_pointwise(step: Convolution) -> bool:
     """packed_conv is faster than oneDNN for the first convolution, of few channels, and for 1x1 ones of enough outputs."""
     outputs, inputs = step.weight.shape[:2]
@@ -135,8 +144,8 @@ SUITS = {"packed_conv": few_or_pointwise, "packed_winograd": winograd, "packed_c
 PACKED = {
     op
     for op in (
-        "packed_conv", "packed_conv_transpose", "packed_winograd", "packed_ds_conv", "packed_inverted_residual",
-        "concat_affine", "resize", "repeat_pixels", "max_pool", "quantize_map", "dequantize_map",
+        "packed_conv", "packed_conv_pool", "packed_conv_transpose", "packed_winograd", "packed_ds_conv",
+        "packed_inverted_residual", "concat_affine", "resize", "repeat_pixels", "max_pool", "quantize_map", "dequantize_map",
     )
     if _backend.has_compiled(op, "CPU")
 }  # fmt: skip
@@ -242,6 +251,21 @@ class Builder:
             return kernel(x, packed, *geometry, conv.act.code, rest[0] if rest else None, more, step.factors)
 
         return "segfast::packed_winograd", run, step.inputs
+
+    def pools(self, step: Convolution, pool: Step) -> bool:
+        """Whether the convolution runs on the kernel that pools its rows as they come."""
+        packed = step.act.code is not None and few_or_pointwise(step) and not step.pointwise
+        return packed and not step.added and self.packable(step) and self.packable(pool) and has("packed_conv_pool")
+
+    def pooled(self, step: Pooled) -> tuple[str, Run, list[Op]]:
+        self.owned.add(step.output)
+        conv, kernel = step.conv, torch.ops.segfast.packed_conv_pool.default
+        packed = self.packed_weights([conv], torch.ops.segfast.pack_conv.default)
+        options = (*geometry_of(conv), conv.act.code, *windows_of(step.output))
+        if step.inputs[0].shape[1] % 2:  # the kernel takes an image as it is
+            return "segfast::packed_conv_pool", lambda x: kernel(x, packed, *options), step.inputs
+        run = lambda x: kernel(x.contiguous(memory_format=CHANNELS_LAST), packed, *options)  # noqa: E731
+        return "segfast::packed_conv_pool", run, step.inputs
 
     def onednn_convolution(self, step: Convolution) -> tuple[str, Run, list[Op]]:
         shape = step.inputs[0].shape
@@ -480,22 +504,14 @@ class Builder:
                 packet = getattr(aten, f"{op.kind}_")
                 return self.call(step, getattr(packet, target._overloadname), tuple(args), "ATen, in place")
         if op.kind == "max_pool2d" and isinstance(op.args[0], Op) and op.args[0].shape and has("max_pool") and self.native(step):
-            return self.max_pool(step)
+            windows, pool = windows_of(op), torch.ops.segfast.max_pool.default  # without the indices that PyTorch's computes
+            return "segfast::max_pool", lambda x: pool(x, *windows), [op.args[0]]
         if op.kind == "matmul" and all(isinstance(a, Op) and a.shape for a in op.args):
             # Of pooling by matrices: ATen goes over a channels_last map channel by channel.
             return "ATen", lambda *xs: target(*(x.contiguous() for x in xs)), operands(op)
         if op.kind == "view" and target._overloadname == "default":
             target = aten.reshape.default  # the map may lie in memory otherwise than in the graph
         return self.call(step, target, op.args, "ATen")
-
-    def max_pool(self, step: Aten) -> tuple[str, Run, list[Op]]:
-        """Without the indices that PyTorch's computes."""
-        x, *given = step.output.args[:5]
-        given += [[], [0], [1]][len(given) - 1 :]  # what is left out: stride, padding, dilation
-        kernel, stride, padding, dilation = (list(numbers) * (2 // max(1, len(numbers))) for numbers in given)
-        size = list(step.output.shape[2:])
-        pool, stride = torch.ops.segfast.max_pool.default, stride or kernel
-        return "segfast::max_pool", lambda x: pool(x, size, kernel, stride, padding, dilation), [x]
 
     def call(self, step: Aten, target, args: tuple, how: str) -> tuple[str, Run, list[Op]]:
         names: dict[str, object] = {"target": target}

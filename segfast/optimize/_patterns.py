@@ -161,6 +161,17 @@ class Joined(Step):
 
 
 @dataclass(eq=False)
+class Pooled(Step):
+    """A convolution and the max-pooling that alone reads it."""
+
+    conv: Convolution
+
+    @property
+    def kind(self) -> str:
+        return f"{self.conv.kind}+max_pool"
+
+
+@dataclass(eq=False)
 class Recode(Step):
     """A float map to uint8, or back."""
 
@@ -437,8 +448,9 @@ def concat(op: Op, free: Free, graph: Graph) -> Concat | None:
     return step
 
 
-def join(steps: list[Step], reads: Callable[[Convolution], bool]) -> list[Step]:
-    """The steps, with nearest interpolation and concatenation of two maps drawn into a convolution that can read such pieces."""
+def join(steps: list[Step], reads: Callable[[Convolution], bool], pools: Callable[[Convolution, Step], bool]) -> list[Step]:
+    """The steps, with nearest interpolation and concatenation of two maps drawn into a convolution that can read such pieces, and
+    max-pooling into one that can pool."""
     made = {step.output: step for step in steps}
     found: dict[Step, Step] = {}
     for step in steps:
@@ -453,6 +465,11 @@ def join(steps: list[Step], reads: Callable[[Convolution], bool]) -> list[Step]:
                 covers = [op for part in (*drawn, step) for op in part.covers]
                 found[step] = Joined(covers, [x, *more, *step.inputs[1:]], step, factors, bool(more))
                 found |= dict.fromkeys(drawn)
+        elif isinstance(step, Aten) and step.output.kind == "max_pool2d":
+            before = alone(made.get(step.output.args[0]))
+            if isinstance(before, Convolution) and pools(before, step):
+                found[step] = Pooled([*before.covers, *step.covers], before.inputs, before)
+                found[before] = None
     return [found.get(step, step) for step in steps if found.get(step, step) is not None]
 
 
