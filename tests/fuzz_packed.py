@@ -79,7 +79,17 @@ def call(
     geometry = (stride, padding, dilation)
     gots = []
     if kind == "dense" and (kernel, stride, dtype) == ([3, 3], [1, 1], "float32"):
-        gots.append(ops.packed_winograd(x, ops.pack_winograd(*flat, 1), *geometry, acts[0], more))
+        packed = ops.pack_winograd(*flat, 1)
+        gots.append(ops.packed_winograd(x, packed, *geometry, acts[0], more))
+        cut = size[1] // 2  # the same map in two pieces
+        if cut:
+            gots.append(ops.packed_winograd(x[:, :cut], packed, *geometry, acts[0], more, x[:, cut:]))
+    if kind == "dense" and not add and y.shape[0]:
+        pool = ([2, 3], [2, 1], [1, 1], [1, 1])
+        pooled = ops.packed_conv_pool(
+            x, ops.pack_conv(*flat, 1, kept), *geometry, acts[0], F.max_pool2d(y, *pool).shape[2:], *pool
+        )
+        require_near(pooled, F.max_pool2d(y, *pool), dtype)
     if len(weights) == 1:
         gots.append(ops.packed_conv(x, ops.pack_conv(*flat, groups, kept), *geometry, acts[0], more))
     elif len(weights) == 2:
