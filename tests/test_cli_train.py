@@ -69,6 +69,11 @@ def test_config_file_and_options(tmp_path, run):
         ["--model-options", "{"],
         ["--steps", "0"],
         ["--model", "nothing"],
+        ["--device", "foo"],
+        ["--device", "cuda:99"],
+        ["--model-options", '{"nonsense": 1}'],
+        ["--method", "kd", "--teacher", run, "--method-options", '{"kd": 5}'],
+        ["--method", "pixel-wise", "--teacher", run, "--method-options", '{"pixel_wise": {"temperature": "x"}}'],
     ):
         result = call("train", "--out", tmp_path / "new", *TINY, *arguments)
         assert result.exit_code == 2, (arguments, result.output)
@@ -216,6 +221,20 @@ def test_predict(tmp_path, run, frames):
     assert call("predict", run, tmp_path / "absent.jpg").exit_code == 2
 
 
+def test_predict_spares_what_it_reads(tmp_path, run, frames):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    Image.open(frames / "f0.jpg").save(folder / "a.png")
+    before = (folder / "a.png").read_bytes()
+    result = call("predict", run, folder, "--out", folder)
+    assert result.exit_code == 2
+    assert "want another folder" in result.output
+    assert (folder / "a.png").read_bytes() == before
+    Image.open(frames / "f0.jpg").save(folder / "a.jpg")
+    assert call("predict", run, folder, "--out", tmp_path / "out").exit_code == 0
+    assert {"a.png.png", "a.jpg.png", "a.jpg_overlay.png"} <= {path.name for path in (tmp_path / "out").iterdir()}
+
+
 def test_predict_video(tmp_path, run):
     from segfast.engine import predict as job
 
@@ -257,6 +276,25 @@ def camvid(folder: Path, source: Path, count: int) -> Path:
                 with Image.open(path) as picture:
                     picture.resize((120, 90), kind).save(target)
     return folder
+
+
+def test_a_cache_of_other_images_of_the_same_names(tmp_path, run):
+    teacher, _ = load_network(run)
+    for shade in (0, 200):
+        for split in ("train", "trainannot"):
+            (tmp_path / str(shade) / split).mkdir(parents=True)
+        Image.new("RGB", (64, 64), (shade, 0, 0)).save(tmp_path / str(shade) / "train" / "a.png")
+        Image.new("L", (64, 64)).save(tmp_path / str(shade) / "trainannot" / "a.png")
+    cache = lambda shade: TeacherLogits(  # noqa: E731
+        tmp_path / "cache", teacher, CamVid(tmp_path / str(shade), "train"), teacher.preprocessing, torch.device("cpu")
+    )
+    cache(0)
+    cache(0)
+    with pytest.raises(ValueError, match="it differs in: frames"):
+        cache(200)
+    (tmp_path / "cache" / "teacher.json").write_text('{"teacher": ')
+    with pytest.raises(ValueError, match=r"cannot read .*teacher\.json"):
+        cache(0)
 
 
 def test_camvid_from_check_to_score(tmp_path, data_root):

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from segfast import distill, ops
 from segfast.distill._method import valid_pixels
 from segfast.distill._taps import Probe, Taps
+from segfast.distill.overhaul import mean_negative
 from segfast.models import create_model, list_models
 from segfast.models._base import Output, SegmentationModel
 
@@ -951,3 +952,23 @@ def test_the_documented_use():
     assert any(not torch.equal(p, q) for p, q in zip(student.parameters(), before))
     assert space["loss"].isfinite()
     assert not any(m._forward_hooks for m in student.modules())
+
+
+def test_outputs_of_a_teacher_that_require_gradients_give_it_none():
+    torch.manual_seed(0)
+    student, teacher = (create_model("fast_scnn", 3, width=0.25) for _ in range(2))
+    images, target = torch.randn(2, 3, 64, 64), torch.randint(0, 3, (2, 64, 64))
+    method = distill.create_method("kd+structured", student, teacher)
+    loss, _ = method(images, target, teacher_out=teacher.eval().forward_features(images))
+    loss.backward()
+    assert all(p.grad is None for p in teacher.parameters())
+    assert any(p.grad is not None for p in student.parameters())
+
+
+def test_margins_of_a_batch_leave_ignored_positions_out():
+    x, mask = torch.randn(2, 3, 4, 5), torch.rand(2, 4, 5) < 0.5
+    changed = torch.where(mask[:, None], x, -100.0)
+    torch.testing.assert_close(mean_negative(changed, mask), mean_negative(x, mask))
+    flat = x.transpose(0, 1)[:, mask]
+    expected = torch.stack([row[row < 0].mean() for row in flat])
+    torch.testing.assert_close(mean_negative(x, mask), expected)

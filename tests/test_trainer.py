@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from conftest import EFFORT, count, extra
 from torch import nn
 
-from segfast.data import Stream, TorchvisionTransform
+from segfast.data import Stream, SyntheticStreets, TorchvisionTransform
 from segfast.engine import Average, Config, LabelLoss, Stopped, checkpoint, fit, load_network
 from segfast.engine import config as configs
 from segfast.engine.run import make_dataset
@@ -277,6 +277,103 @@ def test_a_loss_that_is_not_finite_names_the_files(tmp_path):
     assert "after step 1:" not in str(error.value)
     state = checkpoint.load_state(tmp_path / "state.safetensors")
     assert f"after step {state['step'] + 1}:" in str(error.value)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_file_that_cannot_be_read_loses_no_step(tmp_path, monkeypatch, workers):
+    """The state after the last step is kept: with the file mended the run ends as if nothing had been."""
+    broken = "scene 4 of seed 0, 32 x 64"
+    whole = fit(Config(**TINY), tmp_path / "whole")
+    original = SyntheticStreets.__getitem__
+
+    def read(self, index):
+        if self.describe(index) == broken:
+            raise ValueError(f"cannot read {broken}")
+        return original(self, index)
+
+    monkeypatch.setattr(SyntheticStreets, "__getitem__", read)
+    options = {**TINY, "save_every": 100, "workers": workers}
+    with pytest.raises(
+        ValueError, match=rf"^cannot read {broken}\. (The last saved state is in .*|No state was saved yet)$"
+    ) as error:
+        fit(Config(**options), tmp_path / "run")
+    assert "\n" not in str(error.value)
+    step = len(lines(tmp_path / "run"))
+    assert step > 0
+    assert checkpoint.load_state(tmp_path / "run" / "state.safetensors")["step"] == step
+    monkeypatch.undo()
+    assert fit(Config(**options), tmp_path / "run")["miou"] == whole["miou"]
+
+
+def test_signal_to_all_processes_of_a_run(tmp_path):
+    """SIGTERM to the group, as schedulers send it: the processes that load data stay until the state is saved."""
+    options = [
+        f"--{name.replace('_', '-')}={json.dumps(v) if isinstance(v, dict) else v}"
+        for name, v in TINY.items()
+        if name not in ("size", "crop", "steps")
+    ]
+    command = [
+        sys.executable,
+        "-m",
+        "segfast",
+        "train",
+        *options,
+        "--size",
+        "32",
+        "64",
+        "--crop",
+        "32",
+        "64",
+        "--steps",
+        "5000",
+        "--workers",
+        "2",
+        "--out",
+        str(tmp_path / "run"),
+    ]
+    started = subprocess.Popen(command, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    while started.poll() is None and not (metrics.is_file() and len(metrics.read_text().splitlines()) > 2):
+        time.sleep(0.05)
+    os.killpg(started.pid, signal.SIGTERM)
+    output, _ = started.communicate(timeout=120)
+    assert started.returncode == 128 + signal.SIGTERM, output
+    assert "the state is saved" in output
+    assert checkpoint.load_state(tmp_path / "run" / "state.safetensors")["step"] > 2
+
+
+def test_a_start_that_failed_claims_nothing(tmp_path):
+    with pytest.raises(ValueError, match="options that the network takes"):
+        fit(Config(**{**TINY, "model_options": {"nonsense": 1}}), tmp_path / "run")
+    fit(Config(**TINY), tmp_path / "run")
+    torn = tmp_path / "run" / ".state.safetensors.x1y2"
+    torn.write_bytes(b"half")
+    fit(Config(**TINY), tmp_path / "run")
+    assert not torn.exists()
+
+
+def test_other_inputs_are_seen(tmp_path, teacher, monkeypatch):
+    options = {**TINY, "method": "kd", "teacher": str(teacher)}
+    with pytest.raises(Killed):
+        fit(Config(**options), tmp_path, progress=kill_at(3))
+    other = tmp_path / "other"
+    fit(Config(**{**TINY, "steps": 1, "seed": 9}), other)
+    (tmp_path / "config.yaml").write_text(configs.text(Config(**{**options, "teacher": str(other)})))
+    with pytest.raises(ValueError, match=r"state\.safetensors is of a run on other inputs \(teacher .* then, .* now\)"):
+        fit(Config(**{**options, "teacher": str(other)}), tmp_path)
+
+
+def test_no_labels_to_score(tmp_path, monkeypatch):
+    """JSON without NaN."""
+    original = SyntheticStreets.__getitem__
+
+    def unlabelled(self, index):
+        image, labels = original(self, index)
+        return image, torch.full_like(labels, 255) if len(self) == TINY["val_images"] else labels
+
+    monkeypatch.setattr(SyntheticStreets, "__getitem__", unlabelled)
+    assert fit(Config(**TINY), tmp_path)["miou"] is None
+    assert "NaN" not in (tmp_path / "result.json").read_text() + (tmp_path / "metrics.jsonl").read_text()
 
 
 @pytest.mark.parametrize("damage", ["truncated", "pickle", "weights", "zeros"])

@@ -20,7 +20,7 @@ from segfast.engine.assess import assess, plots
 from segfast.engine.evaluate import Inference
 from segfast.engine.predict import predict as predict_files
 from segfast.engine.race import ToClasses
-from segfast.engine.run import Network, load_network, make_dataset, preprocess
+from segfast.engine.run import Network, choose_device, load_network, make_dataset, preprocess
 from segfast.optimize import optimize
 
 Weights = Annotated[
@@ -53,7 +53,7 @@ def build(
             raise ValueError(f"{weights} gives classes: want one exported with --no-head for --scale, --flip and --window")
         return artefact, artefact.network(), torch.device("cpu")
     model, network = load_network(weights)
-    place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    place = choose_device(device)
     model = model.to(place, memory_format=torch.channels_last)
     prepare = preprocess(model)
     plain = scales == [1.0] and not flip and window is None

@@ -128,7 +128,10 @@ def explained(command: str, again: str = ""):
     try:
         yield
     except Stopped as stop:
-        typer.echo(f"segfast {command}: {stop}; the state is saved. Go on with: {again}", err=True)
+        typer.echo(
+            f"segfast {command}: {stop}; {'the state is saved' if stop.step else 'no step was done yet'}. Go on with: {again}",
+            err=True,
+        )
         raise typer.Exit(128 + stop.signal) from None
     except KeyboardInterrupt:
         typer.echo(f"segfast {command}: interrupted. {f'Go on with: {again}' if again else ''}".rstrip(), err=True)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from segfast.cli.options import EXIT_CODES, Reporter, explained, merged, takes_config
-from segfast.engine.run import fit
+from segfast.engine.run import fit, shown
 
 Folder = Annotated[Path, typer.Option(help="The run folder; one that holds a run goes on with it.")]
 File = Annotated[Path | None, typer.Option(help="YAML file of the fields below; the command line goes first.")]
@@ -25,7 +26,7 @@ def distill(out: Folder = Path("segfast-run"), config: File = None, given: dict 
 
 
 def start(command: str, out: Path, path: Path | None, given: dict) -> None:
-    again = f"segfast {command} --out {out}"
+    again = f"segfast {command} --out {shlex.quote(str(out))}"
     with explained(command, again):
         if path is None and (out / "config.yaml").is_file():
             path = out / "config.yaml"
@@ -35,7 +36,9 @@ def start(command: str, out: Path, path: Path | None, given: dict) -> None:
         with Reporter() as reporter:
             result = fit(config, out, reporter.say, reporter.progress)
             if result:
-                reporter.say(f"mIoU {result['miou']:.4f}, best {result['best_miou']:.4f}, {result['seconds']:.0f} s of training")
+                reporter.say(
+                    f"mIoU {shown(result['miou'])}, best {result['best_miou']:.4f}, {result['seconds']:.0f} s of training"
+                )
                 reporter.say(f"wrote {out}/best.safetensors, last.safetensors, metrics.jsonl, result.json")
 
 

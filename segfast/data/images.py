@@ -11,8 +11,11 @@ from torch import Tensor
 
 
 def read_pixels(path: str | Path) -> Tensor:
-    """(3, H, W) uint8, RGB."""
+    """(3, H, W) uint8, RGB; of two bytes a pixel the upper one."""
     with Image.open(path) as image:
+        if image.mode.startswith("I"):
+            grey = np.array(image).astype(np.int64).clip(0, 65535) // 257
+            return torch.from_numpy(grey.astype(np.uint8)).expand(3, -1, -1).clone()
         return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
 
 

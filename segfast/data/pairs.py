@@ -247,7 +247,7 @@ class PascalVOC(ImagePairs):
         return Listing(
             tuple(pair for pair in pairs if pair[0].is_file() and pair[1].is_file()),
             tuple(image for image, label in pairs if image.is_file() and not label.is_file()),
-            tuple(label for image, label in pairs if label.is_file() and not image.is_file()),
+            tuple(label for image, label in pairs if not image.is_file()),
         )
 
 

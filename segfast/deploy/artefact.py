@@ -38,7 +38,7 @@ class Artefact:
 
     def network(self) -> Network:
         """What it says of its network; classes without names are numbers."""
-        network = Network(**self.about["network"])
+        network = Network.described(self.about, self.path)
         if network.classes:
             return network
         names = tuple(map(str, range(network.num_classes)))

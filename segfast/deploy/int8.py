@@ -424,7 +424,7 @@ def load_quantized(path: str | Path) -> Quantized:
     if about.get("quantized") != "static int8":
         raise ValueError(f"{path} holds no int8 network: want a file that `segfast quantize` wrote")
     need("torchao", "load_quantized", "deploy")
-    model = Network(**about["network"]).build().eval()
+    model = Network.described(about, path).build().eval()
     about = {"dynamic": False, **about}  # files of before there were others
     images = [torch.zeros(3, *about["size"])]
     quantized = static(model, images, "min-max", about["float_layers"], about["network"], about["dynamic"])
@@ -540,6 +540,6 @@ def load_weights_only(path: str | Path) -> nn.Module:
     if not about.get("weights_only"):
         raise ValueError(f"{path} does not hold int8 weights alone: want a file that `segfast quantize --mode weights` wrote")
     scales = {name.removesuffix(".scale"): tensors.pop(name) for name in [*tensors] if name.endswith(".weight.scale")}
-    model = Network(**about["network"]).build()
+    model = Network.described(about, path).build()
     model.load_state_dict({name: x.float() * scales[name] if name in scales else x for name, x in tensors.items()})
     return model.eval()

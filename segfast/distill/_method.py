@@ -10,6 +10,7 @@ import torch
 import torch.distributed
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from segfast import ops
 from segfast.distill._taps import Taps, batch_statistics, run
@@ -156,6 +157,7 @@ class Method:
             ValueError: a tap caught nothing, or sizes that do not fit.
         """
         self.teacher.eval()
+        teacher_out = tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, teacher_out)
         if student_out is None:
             self.student_taps.clear()
             student_out = run(self.student, images)

@@ -36,10 +36,11 @@ def margins(norm: nn.Module) -> Tensor:
     return torch.where(s == 0, beta.clamp(max=0), m)
 
 
-def mean_negative(x: Tensor) -> Tensor:
-    """(C,): the mean of the negative values of every channel of a map (N, C, H, W); 0 where none is."""
+def mean_negative(x: Tensor, mask: Tensor | None = None) -> Tensor:
+    """(C,): the mean of the negative values of every channel of a map (N, C, H, W) within `mask` (N, H, W); 0 where none is."""
     x = x.float()
-    return x.clamp(max=0).sum((0, 2, 3)) / (x < 0).sum((0, 2, 3)).clamp(min=1)
+    counted = x < 0 if mask is None else (x < 0) & mask[:, None]
+    return torch.where(counted, x, 0.0).sum((0, 2, 3)) / counted.sum((0, 2, 3)).clamp(min=1)
 
 
 class Overhaul(Term):
@@ -88,7 +89,7 @@ class Overhaul(Term):
             margin = getattr(self, f"margin{i}")
             mask = None if self.ignore_index is None else valid_pixels(batch.target, teacher.shape[2:], self.ignore_index)
             loss = ops.overhaul_loss(
-                mapped, teacher, mean_negative(teacher) if margin is None else margin, mask=mask, reduction=self.reduction
+                mapped, teacher, mean_negative(teacher, mask) if margin is None else margin, mask=mask, reduction=self.reduction
             )
             total = total + loss / self.dividers[i]
         return {"overhaul": self.weight * total}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -16,6 +17,7 @@ from segfast.engine import checkpoint
 from segfast.engine.assess import label_png
 from segfast.engine.panels import legend, overlay, png
 
+ENDINGS = "", "_colour", "_overlay"
 VIDEOS = (".mp4", ".avi", ".mkv", ".mov", ".webm", ".m4v")
 
 
@@ -55,18 +57,21 @@ def predict(
         images = [source]
     else:
         raise FileNotFoundError(f"predict: want an image, a folder or a video, got no {source}")
+    stems = Counter(path.stem for path in images)
+    names = {path: path.stem if stems[path.stem] == 1 else path.name for path in images}  # a.jpg beside a.png
+    targets = {(folder / f"{name}{ending}.png").resolve() for name in ("legend", *names.values()) for ending in ENDINGS}
+    lost = [path for path in images if path.resolve() in targets]
+    if lost:
+        raise ValueError(f"predict: want another folder for the results, in {folder} they would replace {lost[0]}")
     written = [checkpoint.write(folder / "legend.png", legend(classes, palette))]
     if source.suffix.lower() in VIDEOS and not source.is_dir():
         return [*written, video(model, source, folder / f"{source.stem}_overlay.mp4", palette, opacity, progress)]
     for done, path in enumerate(images, 1):
         image = read(read_image, path)
         labels = classify(model, image)
-        for ending, content in (
-            ("", label_png(labels)),
-            ("_colour", png(colour(labels, palette))),
-            ("_overlay", png(overlay(image, labels, palette, opacity))),
-        ):
-            written.append(checkpoint.write(folder / f"{path.stem}{ending}.png", content))
+        pictures = label_png(labels), png(colour(labels, palette)), png(overlay(image, labels, palette, opacity))
+        for ending, content in zip(ENDINGS, pictures):
+            written.append(checkpoint.write(folder / f"{names[path]}{ending}.png", content))
         progress(done, len(images))
     return written
 

@@ -10,7 +10,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -27,7 +27,7 @@ from segfast.engine.environment import environment
 from segfast.engine.evaluate import class_iou, evaluate, mean_iou, pixel_accuracy
 from segfast.engine.losses import LabelLoss, balanced_weights
 from segfast.engine.panels import panel
-from segfast.engine.teacher import TeacherLogits
+from segfast.engine.teacher import TeacherLogits, fingerprint
 from segfast.engine.train import Average, poly, train
 from segfast.models import Output, create_model
 
@@ -56,9 +56,28 @@ class Network:
     classes: tuple[str, ...] = ()
     palette: tuple[tuple[int, int, int], ...] = ()
 
+    @classmethod
+    def described(cls, about: Mapping, path: str | Path) -> Network:
+        """From what a file says of itself.
+
+        Raises:
+            ValueError: naming the file: it says something that this release does not know.
+        """
+        try:
+            return cls(**about["network"])
+        except TypeError as error:
+            raise ValueError(f"{path} describes a network as this release does not: {error}") from error
+
     def build(self) -> nn.Module:
-        """With random weights."""
-        return create_model(self.model, self.num_classes, self.backbone, **self.options)
+        """With random weights.
+
+        Raises:
+            ValueError: no such network, or options that it does not take.
+        """
+        try:
+            return create_model(self.model, self.num_classes, self.backbone, **self.options)
+        except TypeError as error:
+            raise ValueError(f"{self.model}: want options that the network takes, got {self.options}: {error}") from error
 
 
 def weights_file(path: str | Path) -> Path:
@@ -82,7 +101,7 @@ def load_network(path: str | Path) -> tuple[nn.Module, Network]:
     _, about = checkpoint.load(path)
     if "network" not in about:
         raise ValueError(f"{path} does not say what network it is for: want a file that `segfast train` wrote")
-    network = Network(**about["network"])
+    network = Network.described(about, path)
     model = network.build()
     checkpoint.load_weights(model, path)
     return model.eval(), network
@@ -124,15 +143,37 @@ class Features(nn.Module):
         return self
 
 
+def choose_device(text: str) -> torch.device:
+    """ "auto", "cpu", "cuda" or another of PyTorch's devices.
+
+    Raises:
+        ValueError: no device, or one that this machine lacks.
+    """
+    try:
+        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if text == "auto" else text)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"device: want auto, cpu or a GPU that PyTorch sees, such as cuda, got {text!r} ({error})") from error
+    return device
+
+
+def be_quiet(_: int) -> None:
+    """In a process that loads data: the signals that end a run are the main process's, which ends this one when it has saved."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
+class Unreadable(ValueError):
+    """What was to be read could not be."""
+
+
 class Processes:
     """This process among those that torchrun or accelerate started; alone otherwise."""
 
     def __init__(self, device: str):
         self.world, self.rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
         local = int(os.environ.get("LOCAL_RANK", 0))
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.device = torch.device(f"cuda:{local}" if device == "cuda" and self.world > 1 else device)
+        self.device = choose_device(f"cuda:{local}" if device == "cuda" and self.world > 1 else device)
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
         self.joined = self.world > 1 and not dist.is_initialized()
@@ -201,9 +242,10 @@ class Run:
         self.method, self.events, self.signal = None, None, 0
         self.step, self.best, self.seconds, self.due = 0, -1.0, 0.0, False
         self.broken: list[int] = []
+        self.reading, self.random = 0, None
         if config.batch % self.processes.world:
             raise ValueError(f"config: want batch to be divided by the {self.processes.world} processes, got {config.batch}")
-        self.claim()
+        new = self.claim()
         torch.manual_seed(config.seed)
         self.train_set, self.val_set = make_dataset(config, config.train_split), make_dataset(config, config.val_split)
         self.build()
@@ -215,12 +257,17 @@ class Run:
             # Every process has its own dropout; only the first one's draws are saved.
             torch.manual_seed(hash((config.seed, self.processes.rank, self.step)))
         if self.alone:
+            if new:  # not before: a start that failed claims nothing
+                checkpoint.write(folder / "config.yaml", configs.text(config))
+            for torn in folder.glob(".*.safetensors.*"):  # by a kill while it was written
+                torn.unlink(missing_ok=True)
             self.trim_metrics()
             about = {**environment(), "processes": str(self.processes.world), "device": str(self.device)}
             checkpoint.write(folder / "environment.json", json.dumps(about, indent=1) + "\n")
             self.events = tensorboard(folder / "events", self.step)
 
-    def claim(self) -> None:
+    def claim(self) -> bool:
+        """Whether the folder is new; it may be another run's."""
         path = self.folder / "config.yaml"
         if self.folder.exists() and not self.folder.is_dir():
             raise ValueError(f"want a folder, got the file {self.folder}")
@@ -228,8 +275,7 @@ class Run:
             changed = configs.differences(configs.load(path), self.config)
             if changed:
                 raise ValueError(f"{self.folder} holds a run with another config ({'; '.join(changed)}): want another folder")
-        elif self.alone:
-            checkpoint.write(path, configs.text(self.config))
+        return not path.is_file()
 
     def build(self) -> None:
         config = self.config
@@ -286,9 +332,12 @@ class Run:
             )
         self.teacher = teacher.to(self.device, memory_format=self.memory_format).requires_grad_(False)
         self.convert_preprocessing()
-        self.method = create_method(
-            config.method, self.model, self.teacher, task=self.loss, preset=config.preset, **self.method_options()
-        )
+        try:
+            self.method = create_method(
+                config.method, self.model, self.teacher, task=self.loss, preset=config.preset, **self.method_options()
+            )
+        except (TypeError, AttributeError) as error:
+            raise ValueError(f"config: want method_options that {config.method} takes, a mapping a term: {error}") from error
         self.cached = bool(config.cache) and not any(t.teacher_taps or t.batch_statistics for t in self.method.terms.values())
         if not config.cache:
             return None
@@ -348,9 +397,9 @@ class Run:
         # Its own generator: a loader draws a seed when it starts, which a resumed run would draw once more.
         loader = DataLoader(
             self.stream, batch_sampler=positions, num_workers=self.config.workers, generator=torch.Generator(),
-            pin_memory=self.device.type == "cuda",
+            pin_memory=self.device.type == "cuda", worker_init_fn=be_quiet,
         )  # fmt: skip
-        for images, *rest in loader:
+        for self.reading, (images, *rest) in enumerate(read(loader), first):
             images = images.to(self.device, non_blocking=True)
             images = self.prepare(images).contiguous(memory_format=self.memory_format)
             yield (images, *(x.to(self.device, non_blocking=True) for x in rest))
@@ -365,14 +414,18 @@ class Run:
                 raise Stopped(self.signal, 0)
             self.progress("prepare the method", done, max(done, steps), values)
 
-        self.method.prepare(Again(lambda: self.batches(0, batches)), progress)
+        try:
+            self.method.prepare(Again(lambda: self.batches(0, batches)), progress)
+        except FloatingPointError as error:
+            names = (self.train_set.describe(self.stream.index(p)) for p in self.positions(self.reading, self.processes.rank))
+            raise FloatingPointError(f"preparing the method: {error}; the batch: {', '.join(names)}") from error
         self.save()
 
     def go(self) -> dict:
         config = self.config
         result = self.folder / "result.json"
         if self.step == config.steps and not self.due and result.is_file():
-            return json.loads(result.read_text())
+            return json_of(result)
         with self.signals():
             if self.method and self.step == 0:
                 self.prepare_method()
@@ -391,6 +444,7 @@ class Run:
             def done(step: int, values: dict[str, float]) -> None:
                 nonlocal began
                 self.step, self.seconds = step, time.perf_counter() - began
+                self.random = torch.get_rng_state()
                 self.due = step == config.steps or bool(config.eval_every and step % config.eval_every == 0)
                 if self.alone:
                     rate = self.optimizer.param_groups[0]["lr"]
@@ -421,7 +475,12 @@ class Run:
             except FloatingPointError as error:
                 names = self.names(self.step)
                 raise FloatingPointError(f"{error}; the batch: {', '.join(names)}. {self.state_hint()}") from error
-        scores = json.loads((self.folder / "result.json").read_text()) if self.alone else {}
+            except Unreadable as error:
+                if self.processes.world == 1 and self.random is not None:  # as after the last step
+                    torch.set_rng_state(self.random)
+                    self.save()
+                raise Unreadable(f"{error}. {self.state_hint()}") from error
+        scores = json_of(self.folder / "result.json") if self.alone else {}
         return scores
 
     def average_terms(self, values: dict[str, float]) -> dict[str, float]:
@@ -473,13 +532,31 @@ class Run:
             "average": self.average.state_dict() if self.average else None,
             "method": self.method.state_dict() if self.method else None,
             "scaler": self.scaler.state_dict() if self.scaler else None,
+            "inputs": self.inputs(),
             "random": {
                 "cpu": torch.get_rng_state(),
                 "cuda": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
             },
         }
 
+    def inputs(self) -> dict[str, int | str]:
+        """What a run must find again when it goes on; every process's own config says the rest."""
+        found = {"training images": len(self.train_set), "validation images": len(self.val_set)}
+        return found | ({"teacher": fingerprint(self.teacher)} if self.method else {})
+
     def restore(self, state: dict) -> None:
+        path = self.folder / "state.safetensors"
+        have = self.inputs()
+        then = state.get("inputs", have)
+        changed = [f"{name} {then[name]} then, {have.get(name)} now" for name in then if then[name] != have.get(name)]
+        if changed:
+            raise ValueError(f"{path} is of a run on other inputs ({'; '.join(changed)}): want another folder")
+        try:
+            self.put_back(state)
+        except (RuntimeError, KeyError) as error:
+            raise ValueError(f"{path} does not fit the network of {len(self.network.classes)} classes: {error}") from error
+
+    def put_back(self, state: dict) -> None:
         self.step, self.best, self.seconds, self.due = (state[name] for name in ("step", "best", "seconds", "due"))
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -512,9 +589,8 @@ class Run:
 
         def loader():
             nonlocal done
-            for image, labels in DataLoader(
-                Subset(self.val_set, own), num_workers=self.config.workers, generator=torch.Generator()
-            ):
+            given = {"num_workers": self.config.workers, "generator": torch.Generator(), "worker_init_fn": be_quiet}
+            for image, labels in read(DataLoader(Subset(self.val_set, own), **given)):
                 if self.signal and world == 1:
                     raise Stopped(self.signal, self.step)
                 image = self.prepare(image.to(self.device)).contiguous(memory_format=self.memory_format)
@@ -533,19 +609,19 @@ class Run:
         iou = class_iou(matrix).tolist()
         scores = {
             "step": self.step,
-            "miou": mean_iou(matrix),
-            "pixel_accuracy": pixel_accuracy(matrix),
-            "class_iou": {name: None if math.isnan(v) else v for name, v in zip(self.network.classes, iou)},
+            "miou": number(mean_iou(matrix)),
+            "pixel_accuracy": number(pixel_accuracy(matrix)),
+            "class_iou": {name: number(v) for name, v in zip(self.network.classes, iou)},
         }
-        self.say(f"step {self.step}: mIoU {scores['miou']:.4f}, pixel accuracy {scores['pixel_accuracy']:.4f}")
+        self.say(f"step {self.step}: mIoU {shown(scores['miou'])}, pixel accuracy {shown(scores['pixel_accuracy'])}")
         self.log({**scores, "evaluation_seconds": round(seconds, 3)})
         if self.config.examples:
             count = min(self.config.examples, len(self.val_set))
             chosen = [self.val_set[i * len(self.val_set) // count] for i in range(count)]
             png = panel(chosen, lambda x: model(self.prepare(x.to(self.device))).argmax(1).cpu(), self.network.palette)
             checkpoint.write(self.folder / "examples" / f"step_{self.step:06d}.png", png)
-        if scores["miou"] > self.best or self.best < 0:
-            self.best = scores["miou"] if not math.isnan(scores["miou"]) else 0.0
+        if self.best < 0 or (scores["miou"] or 0.0) > self.best:
+            self.best = scores["miou"] or 0.0
             self.save_weights("best")
         if self.step == self.config.steps:
             parameters = sum(p.numel() for p in self.model.parameters())
@@ -563,8 +639,12 @@ class Run:
         checkpoint.write(path, "".join(kept))
 
     def log(self, entry: dict) -> None:
-        with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(entry) + "\n")
+        path = self.folder / "metrics.jsonl"
+        try:
+            with open(path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(entry) + "\n")
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(path)) from error
         if self.events:
             for name, value in entry.items():
                 if isinstance(value, float):
@@ -576,6 +656,36 @@ class Run:
         if self.events:
             self.events.close()
         self.processes.close()
+
+
+def number(value: float) -> float | None:
+    """A score, None in place of NaN, which JSON lacks: there was nothing to score."""
+    return None if math.isnan(value) else value
+
+
+def shown(score: float | None) -> str:
+    return "none (no pixel has a label)" if score is None else f"{score:.4f}"
+
+
+def json_of(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"cannot read {path}: {error}; delete the file and run again") from error
+
+
+def read(loader: DataLoader) -> Iterator:
+    """The batches; an error of a process that loads them as one line."""
+    try:
+        yield from loader
+    except (ValueError, OSError) as error:  # DataLoader puts the process's whole traceback before its last line
+        text = str(error).strip()
+        own = text.rpartition("\n")[2].partition(": ")[2] if "in DataLoader worker process" in text else text
+        raise Unreadable(own) from error
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise Unreadable(f"a process that loads data died ({error}): is memory short? --workers 0 needs none") from error
 
 
 class Again:

@@ -52,7 +52,10 @@ class TeacherLogits:
         about = {"teacher": fingerprint(teacher), "frames": frames(dataset), "count": len(dataset)}
         manifest = self.folder / "teacher.json"
         if manifest.is_file():
-            have = json.loads(manifest.read_text())
+            try:
+                have = dict(json.loads(manifest.read_text()))
+            except (ValueError, TypeError) as error:
+                raise ValueError(f"cannot read {manifest}: {error}; want another folder for the cache") from error
             if have != about:
                 which = ", ".join(name for name in about if have.get(name) != about[name])
                 raise ValueError(f"{manifest} is of another run (it differs in: {which}): want another folder for the cache")
@@ -82,7 +85,7 @@ class TeacherLogits:
         path = self.path(index)
         try:
             logits = torch.from_numpy(np.load(path))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, EOFError) as error:
             raise ValueError(f"cannot read the teacher's logits {path}: {error}; delete the file and run again") from error
         return geometry.logits(logits, frame, self.align_corners)
 
@@ -96,5 +99,13 @@ def fingerprint(model: nn.Module) -> str:
 
 
 def frames(dataset) -> str:
-    names = "\n".join(Path(dataset.describe(i)).name for i in range(len(dataset)))
-    return hashlib.sha256(names.encode()).hexdigest()
+    """Of the images' names, and of their files' sizes and first bytes: another dataset may have the same names."""
+    digest = hashlib.sha256()
+    for i in range(len(dataset)):
+        path = Path(dataset.describe(i))
+        digest.update(path.name.encode())
+        if path.is_file():
+            digest.update(str(path.stat().st_size).encode())
+            with open(path, "rb") as file:
+                digest.update(file.read(1 << 16))
+    return digest.hexdigest()
