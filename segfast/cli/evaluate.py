@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import statistics
 import time
@@ -91,8 +92,10 @@ def evaluate(
             config = weights / "config.yaml"
         given = {"data": data, "root": root, "label_map": label_map, "val_split": split}
         settings = merged(config, {name: value for name, value in given.items() if value is not None})
-        dataset = make_dataset(settings, settings.val_split)
         model, network, place = build(weights, device, scale, flip, window, overlap)
+        if settings.data == "folder" and not settings.num_classes:  # nor classes.txt, which goes before it
+            settings = dataclasses.replace(settings, num_classes=network.num_classes)
+        dataset = make_dataset(settings, settings.val_split)
         if network.num_classes != len(dataset.classes):
             raise ValueError(
                 f"{weights}: want a network of the dataset's {len(dataset.classes)} classes, got {network.num_classes}"

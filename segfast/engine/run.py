@@ -111,6 +111,8 @@ def make_dataset(config: Config, split: str, complete: bool = True):
     """The dataset of one split that a config names; the split "val" of the synthetic streets has scenes of its own."""
     kind = DATASETS[config.data]
     if config.data == "synthetic":
+        if config.label_map:
+            raise ValueError("config: want label_map for data in files, got one for synthetic")
         held_out = split == config.val_split
         return kind(config.val_images if held_out else config.images, config.size, 2 * config.seed + held_out)
     options = {"num_classes": config.num_classes} if config.data == "folder" else {}
@@ -432,7 +434,7 @@ class Run:
             if self.due:
                 self.evaluate()
             began = time.perf_counter() - self.seconds
-            dtype = PRECISIONS[config.precision]
+            dtype, schedule = PRECISIONS[config.precision], poly(config.power, config.warmup / config.steps)
             self.trained.train()
 
             def after_step() -> dict[str, float]:
@@ -447,7 +449,7 @@ class Run:
                 self.random = torch.get_rng_state()
                 self.due = step == config.steps or bool(config.eval_every and step % config.eval_every == 0)
                 if self.alone:
-                    rate = self.optimizer.param_groups[0]["lr"]
+                    rate = config.learning_rate * schedule((step - 1) / config.steps)  # the step's; the optimiser has the next
                     if step % config.log_every == 0 or step == config.steps:
                         self.log({"step": step, "learning_rate": rate, **values, "seconds": round(self.seconds, 3)})
                     self.progress("train", step, config.steps, values)
@@ -465,7 +467,7 @@ class Run:
                 batches = self.batches(self.step * config.accumulate, config.steps * config.accumulate)
                 train(
                     self.trained, batches, self.compute_loss, self.optimizer, config.steps,
-                    poly(config.power, config.warmup / config.steps), done,
+                    schedule, done,
                     start=self.step, accumulate=config.accumulate, clip=config.clip, scaler=self.scaler,
                     autocast=lambda: torch.autocast(self.device.type, dtype, enabled=dtype is not None),
                     average=self.average_terms,
