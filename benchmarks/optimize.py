@@ -157,9 +157,10 @@ KERNELS = """## Kernels over packed weights
 Separable blocks, inverted residuals, 1x1 convolutions, the first convolution and transposed convolutions into tiles run on
 kernels of this package, the maps inside a block staying in the cache. So do, in float32, 3x3 convolutions of stride 1 and
 enough channels, by Winograd's filtering F(2x2, 3x3): 16 multiplications instead of 36, errors no larger than the direct
-form's, but a value that is not finite spreads over the 4x4 inputs of its tile. Concatenation runs with the sum, BatchNorm,
-ReLU or PReLU that follow it, bilinear interpolation writes channels_last maps, and N C H W where it is the network's own
-result.
+form's, but a value that is not finite spreads over the 4x4 inputs of its tile. That kernel reads nearest
+interpolation, and the concatenation of two maps, in pieces: neither is written. The first convolution's rows go to the
+max-pooling that follows it at once. Other concatenation runs with the sum, BatchNorm, ReLU or PReLU that follow it, bilinear
+interpolation writes channels_last maps, and N C H W where it is the network's own result.
 
 - float32: AVX-512, AVX2 or portable. Tried and left out: a float as three bfloat16 and six products of them in AMX's tiles, at
   half the error of float32. 1x1 convolutions of 64 to 256 channels took 0.73 to 0.87 of AVX-512's time while the virtual machine
