@@ -21,8 +21,7 @@ inline Windows windows(const char* op, int64_t channels, int64_t height, int64_t
     STD_TORCH_CHECK(pair.size() == 2, op, ": want two numbers in size, kernel, stride, padding and dilation");
   }
   const auto& [size, kernel, stride, padding, dilation] = pairs;
-  return {channels,  height,     width,      kernel[0],   kernel[1],  stride[0],
-          stride[1], padding[0], padding[1], dilation[0], dilation[1]};
+  return {channels, height, width, kernel[0], kernel[1], stride[0], stride[1], padding[0], padding[1], dilation[0], dilation[1]};
 }
 
 }  // namespace segfast

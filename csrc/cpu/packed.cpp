@@ -31,10 +31,10 @@ struct PackedArgs {
   bool deep;            // rows of products are filled up with zeros to deep_words
   const T *x, *add;     // add may be null
   T* y;
-  const T* more;      // of Winograd's: the channels from `first` on, where x has no more; null
-  int64_t first;      // channels of x
-  int64_t fy, fx;     // x is repeated so often, down and across
-  bool planar;  // x is contiguous, N C H W: the dense convolution takes an image, and pixels of no whole number of words, so
+  const T* more;   // of Winograd's: the channels from `first` on, where x has no more; null
+  int64_t first;   // channels of x
+  int64_t fy, fx;  // x is repeated so often, down and across
+  bool planar;     // x is contiguous, N C H W: the dense convolution takes an image, and pixels of no whole number of words, so
   const float *expand, *expand_shift, *dw, *dw_shift, *pw, *pw_shift;  // expand and pw: words
   int64_t expand_act, dw_act, act;
 };
@@ -293,7 +293,8 @@ void dense_rows(const PackedArgs<T>& o, int64_t begin, int64_t end, T* patch) {
 }
 
 // A dense convolution whose rows go to max-pooling at once: rows [begin, end) of N * the rows of y. `band` holds the rows of the
-// convolution that `together` rows of y need; what the next ones need too is kept. `ring` and `patch` are odd_rows's, or dense_rows's.
+// convolution that `together` rows of y need; what the next ones need too is kept. `ring` and `patch` are odd_rows's, or
+// dense_rows's.
 template <class T>
 void pooled_rows(const PackedArgs<T>& o, const Windows& p, int64_t rows, int64_t columns, int64_t together, bool odd,
                  int64_t begin, int64_t end, T* y, T* band, T* ring, T* patch) {
@@ -605,7 +606,8 @@ Tensor pack_inverted_residual_cpu(const Tensor& expand_weight, const Tensor& exp
   return packer.finish(expand_weight);
 }
 
-// The image of a convolution: x with every pixel repeated, fy times down and fx across, and the channels of `more` behind its own.
+// The image of a convolution: x with every pixel repeated, fy times down and fx across, and the channels of `more` behind its
+// own.
 struct Joined {
   std::optional<Tensor> more;
   int64_t fy = 1, fx = 1;
@@ -649,8 +651,8 @@ struct Call {
     const int64_t behind = joined.more ? joined.more->size(1) : 0, height = input.size(2) * joined.fy;
     const int64_t width = input.size(3) * joined.fx;
     STD_TORCH_CHECK(input.size(1) + behind == channels, op, ": want as many channels in x as the weights have");
-    o.g = Geometry{input.size(0), h.c,       height,        width,         h.k,        0,           0,          h.kh,
-                   h.kw,          stride[0], stride[1],     padding[0],    padding[1], dilation[0], dilation[1]};
+    o.g = Geometry{input.size(0), h.c,       height,    width,      h.k,        0,           0,          h.kh,
+                   h.kw,          stride[0], stride[1], padding[0], padding[1], dilation[0], dilation[1]};
     Geometry& g = o.g;
     if (kind == kTransposed) {
       STD_TORCH_CHECK(g.sh == g.kh && g.sw == g.kw && g.ph == 0 && g.pw == 0 && g.dh == 1 && g.dw == 1, op,

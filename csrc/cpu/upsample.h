@@ -226,7 +226,8 @@ struct Axis {
     const A corners = out > 1 ? static_cast<A>(in - 1) / static_cast<A>(out - 1) : 0;
     const A scale = align_corners ? corners : static_cast<A>(in) / static_cast<A>(out), half = 0.5;
     for (int64_t i = 0; i < out; ++i) {
-      const A place = static_cast<A>(i), at = align_corners ? scale * place : std::max(std::fma(place + half, scale, -half), A(0));
+      const A place = static_cast<A>(i),
+              at = align_corners ? scale * place : std::max(std::fma(place + half, scale, -half), A(0));
       i0[i] = in == out ? static_cast<int32_t>(i) : static_cast<int32_t>(std::min<int64_t>(static_cast<int64_t>(at), in - 1));
       i1[i] = i0[i] + (in != out && i0[i] < in - 1);
       w1[i] = in == out ? 0 : std::min(std::max(at - static_cast<A>(i0[i]), A(0)), A(1));

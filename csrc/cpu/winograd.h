@@ -41,7 +41,8 @@ SEGFAST_INLINE void winograd_in(Vec<float>& a, Vec<float>& b, Vec<float>& c, Vec
   c = c - second;
 }
 
-// A part of the image's channels: `c` of them, [h][w][c], each pixel standing for fy x fx; they begin at `to` of a tile's numbers.
+// A part of the image's channels: `c` of them, [h][w][c], each pixel standing for fy x fx; they begin at `to` of a tile's
+// numbers.
 struct WinogradSource {
   const float* x;
   int64_t c, fy, fx, to;
