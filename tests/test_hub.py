@@ -11,7 +11,8 @@ import torch
 from conftest import count, seed_of_commit
 
 import segfast
-from segfast.models import SegmentationModel
+from segfast._files import write
+from segfast.models import SegmentationModel, _hub
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -79,3 +80,31 @@ def test_hubconf(tmp_path):
     model.save_pretrained(tmp_path)
     assert torch.equal(hub.pretrained(str(tmp_path)).classifier.conv[1].weight, model.classifier.conv[1].weight)
     assert torch.hub.load(str(ROOT), "espnet_c", source="local", num_classes=3).num_classes == 3
+
+
+def test_preprocessing_comes_back(tmp_path):
+    model = segfast.create_model("fast_scnn", 3, width=0.25).eval()
+    model.preprocessing = segfast.models.Preprocessing((0.0, 0.0, 0.0), (1.0, 1.0, 2.0), 1.0, True)
+    model.save_pretrained(tmp_path)
+    assert type(model).from_pretrained(tmp_path).preprocessing == model.preprocessing
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["preprocessing"]["gamma"] = 2
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"config\.json says of preprocessing"):
+        type(model).from_pretrained(tmp_path)
+
+
+def test_a_folder_survives_a_full_disk(tmp_path, monkeypatch):
+    model = segfast.create_model("fast_scnn", 3, width=0.25).eval()
+    model.save_pretrained(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def small(path, content):
+        if len(content) > 4096:
+            raise OSError(28, f"cannot write {path}: No space left on device")
+        return write(path, content)
+
+    monkeypatch.setattr(_hub, "write", small)
+    with pytest.raises(OSError, match="No space left"):
+        segfast.create_model("fast_scnn", 5, width=0.25).save_pretrained(tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before

@@ -54,6 +54,7 @@ def build(
             raise ValueError(f"{weights} gives classes: want one exported with --no-head for --scale, --flip and --window")
         return artefact, artefact.network(), torch.device("cpu")
     model, network = load_network(weights)
+    network = network.named()
     place = choose_device(device)
     model = model.to(place, memory_format=torch.channels_last)
     prepare = preprocess(model)

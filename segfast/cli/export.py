@@ -53,9 +53,13 @@ def export(
 
 
 def measured(weights: Path) -> float | None:
-    """The best mIoU that the run folder of the weights notes."""
-    result = weights_file(weights).parent / "result.json"
-    return json.loads(result.read_text()).get("best_miou") if result.is_file() else None
+    """The mIoU that the run folder of the weights notes: of the best ones, or the last."""
+    path = weights_file(weights)
+    result, key = path.parent / "result.json", {"best": "best_miou", "last": "miou"}.get(path.stem)
+    try:
+        return json.loads(result.read_text()).get(key) if key and result.is_file() else None
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"cannot read {result}: {error}") from error
 
 
 export.__doc__ += f"\n\nExample: segfast export student student.onnx --size 360 480\n\n{CODES}\n"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import io
 import json
 import zipfile
@@ -13,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from segfast._packages import need
-from segfast.data.pairs import spread_palette
 from segfast.engine.run import Network
 from segfast.models import Preprocessing
 
@@ -32,17 +30,14 @@ class Artefact:
 
     def __init__(self, path: Path, about: dict, run):
         self.path, self.about, self.run = path, about, run
-        self.preprocessing = Preprocessing(
-            **{name: tuple(v) if isinstance(v, list) else v for name, v in about["preprocessing"].items()}
-        )
+        try:
+            self.preprocessing = Preprocessing.of(about["preprocessing"])
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path} says of its preprocessing what this release does not know: {error!r}") from error
 
     def network(self) -> Network:
         """What it says of its network; classes without names are numbers."""
-        network = Network.described(self.about, self.path)
-        if network.classes:
-            return network
-        names = tuple(map(str, range(network.num_classes)))
-        return dataclasses.replace(network, classes=names, palette=spread_palette(network.num_classes))
+        return Network.described(self.about, self.path).named()
 
     def __call__(self, images: Tensor) -> Tensor:
         size, fixed = tuple(images.shape[2:]), self.about["size"]

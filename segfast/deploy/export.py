@@ -25,6 +25,7 @@ from segfast.deploy.artefact import Lite, Session
 from segfast.engine import checkpoint
 
 OPSET = 20
+MOST_OPSET = 25
 ONNX = ("onnx", "onnxscript", "onnxruntime")
 TOLERANCE = 1e-4  # of float logits, relative to the largest
 AGREEMENT = 0.999  # of the pixels of class maps
@@ -202,8 +203,7 @@ def export_onnx(
     path = _target(path, ".onnx")
     for package in ONNX:
         need(package, "export_onnx", "deploy")
-    if opset < 18:
-        raise ValueError(f"export_onnx: want opset 18 or later, got {opset}")
+    check_opset("export_onnx", opset)
     program = _program(model, size, dynamic, head, "export_onnx")
     about = describe(model, None if dynamic else size, head, network, miou, made)
     try:
@@ -321,7 +321,9 @@ def export_executorch(
 def describe(model: nn.Module, size, head: bool, network: Mapping | None, miou: float | None, made: str) -> dict:
     """The metadata of every artefact: network, classes, palette, preprocessing, version, mIoU, how it was made."""
     return {
-        "network": dict(network) if network else {"model": model.name, "num_classes": model.num_classes},
+        "network": dict(network)
+        if network
+        else {"model": model.name, "num_classes": model.num_classes, **getattr(model, "made_with", {})},
         "preprocessing": dataclasses.asdict(model.preprocessing),
         "size": None if size is None else list(size),
         "head": head,
@@ -362,6 +364,14 @@ def compared_at(size: tuple[int, int], dynamic: bool) -> list[tuple[int, int]]:
     return [size, (size[0] + 33, size[1] + 51) if dynamic else size]
 
 
+def check_finite(model: nn.Module, what: str) -> None:
+    for name, x in model.state_dict().items():
+        if x.is_floating_point() and not x.isfinite().all():
+            raise ValueError(
+                f"{what}: want finite weights, got NaN or infinities in {name}: the training of {model.name} went wrong"
+            )
+
+
 @torch.no_grad()
 def check(model: nn.Module, run, size: tuple[int, int], dynamic: bool, head: bool, what: str) -> tuple:
     """(error, agreement) of `run` against the network, the worst of two images.
@@ -372,6 +382,7 @@ def check(model: nn.Module, run, size: tuple[int, int], dynamic: bool, head: boo
     reference = ClassMap(model) if head else model
     generator = torch.Generator().manual_seed(0)
     error, agreement = 0.0, 1.0
+    check_finite(model, what)
     for number, at in enumerate(compared_at(size, dynamic)):
         images = torch.randn(1 + (dynamic and number), 3, *at, generator=generator)
         want = reference(images)
@@ -393,6 +404,11 @@ def check(model: nn.Module, run, size: tuple[int, int], dynamic: bool, head: boo
         remedy = "want a fixed size (dynamic=False)" if dynamic else "the exporter translates one of its layers wrongly"
         raise ValueError(f"{what}: {model.name} gives other numbers once exported ({off}): {remedy}; nothing was written")
     return (None, agreement) if head else (error, None)
+
+
+def check_opset(what: str, opset: int) -> None:
+    if not 18 <= opset <= MOST_OPSET:
+        raise ValueError(f"{what}: want an opset from 18 to {MOST_OPSET}, which the exporter writes, got {opset}")
 
 
 def _target(path: str | Path, suffix: str) -> Path:

@@ -470,7 +470,8 @@ def quantize_onnx(
     Raises:
         ValueError, ImportError: as `segfast.deploy.export_onnx`.
     """
-    path = Path(path)
+    path = export._target(path, ".onnx")
+    export.check_opset("quantize_onnx", opset)
     for package in export.ONNX:
         need(package, "quantize_onnx", "deploy")
     size, dynamic = tuple(quantized.about["size"]), quantized.about["dynamic"]

@@ -96,9 +96,10 @@ def load_weights(model: torch.nn.Module, path: str | Path) -> None:
     """
     tensors, about = load(path)
     if about.get("quantized"):
+        loader = "load_weights_only" if about.get("weights_only") else "load_quantized"
         raise ValueError(
             f"{path} holds {about['quantized']} weights and their scales, not a float network's: load it with "
-            "segfast.deploy.load_quantized, or take the float file that it was made from"
+            f"segfast.deploy.{loader}, or take the float file that it was made from"
         )
     own = model.state_dict()
     missing, surplus = [k for k in own if k not in tensors], [k for k in tensors if k not in own]

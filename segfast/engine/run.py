@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
 from segfast.data import DATASETS, Augment, Stream, TorchvisionTransform, read_label_map
+from segfast.data.pairs import spread_palette
 from segfast.distill import create_method
 from segfast.engine import checkpoint
 from segfast.engine import config as configs
@@ -67,6 +68,13 @@ class Network:
             return cls(**about["network"])
         except TypeError as error:
             raise ValueError(f"{path} describes a network as this release does not: {error}") from error
+
+    def named(self) -> Network:
+        """The same; classes without names are numbers."""
+        if self.classes:
+            return self
+        names = tuple(map(str, range(self.num_classes)))
+        return dataclasses.replace(self, classes=names, palette=spread_palette(self.num_classes))
 
     def build(self) -> nn.Module:
         """With random weights.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -40,6 +41,11 @@ class Preprocessing:
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     divisor: float = 255.0
     bgr: bool = False
+
+    @classmethod
+    def of(cls, about: Mapping) -> Preprocessing:
+        """From what JSON keeps of one."""
+        return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in about.items()})
 
     def __call__(self, images: Tensor) -> Tensor:
         """RGB images (N, 3, H, W), uint8 or float in 0 to 255, to what the network takes, float32 or the images' float dtype."""

@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 
 from segfast._files import write
 from segfast._version import __version__
+from segfast.models._base import Preprocessing
 from segfast.models._registry import NETWORKS, create_model
 
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
@@ -32,11 +33,11 @@ def save_pretrained(model, folder: str | Path, *, network: dict | None = None, m
     }  # fmt: skip
     folder = Path(folder)
     tensors = {name: x.detach().to("cpu").contiguous().clone() for name, x in model.state_dict().items()}
-    # The weights come last: a folder with weights is whole.
+    # The weights come first, as what the disk may be too small for; config and card are a few hundred bytes.
     for name, content in (
+        (WEIGHTS, safetensors.torch.save(tensors, {"format": "pt"})),
         (CONFIG, json.dumps(config, indent=1).encode()),
         (CARD, card(config).encode()),
-        (WEIGHTS, safetensors.torch.save(tensors, {"format": "pt"})),
     ):
         write(folder / name, content)
     return folder
@@ -61,6 +62,11 @@ def from_pretrained(source: str | Path, revision: str | None = None):
         model.load_state_dict(tensors)
     except RuntimeError as error:
         raise ValueError(f"from_pretrained: {folder / WEIGHTS} does not fit {network['model']}: {error}") from error
+    if "preprocessing" in config:
+        try:
+            model.preprocessing = Preprocessing.of(config["preprocessing"])
+        except TypeError as error:
+            raise ValueError(f"from_pretrained: {folder / CONFIG} says of preprocessing what is unknown here: {error}") from error
     return model.eval()
 
 
