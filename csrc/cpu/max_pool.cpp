@@ -1,9 +1,8 @@
 // Max-pooling of channels_last maps without the indices, which PyTorch's computes and keeps in any case: of float32 twice the
 // bytes of the result. For inference; float32 and bfloat16. NaN wins, as in PyTorch.
 #define SEGFAST_FILE "max_pool.cpp"
-#include "max_pool.h"
-
 #include "each_isa.h"
+#include "max_rows.h"
 #ifndef SEGFAST_KERNELS
 namespace segfast {
 namespace {

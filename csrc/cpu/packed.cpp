@@ -14,7 +14,7 @@
 #define SEGFAST_TILES
 #include "each_isa.h"
 #include "fused_conv.h"
-#include "max_pool.h"
+#include "max_rows.h"
 #include "product.h"
 
 #ifndef SEGFAST_PACKED_TYPES
