@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import shlex
 import sys
 from pathlib import Path
@@ -13,7 +12,7 @@ import typer
 
 from segfast.cli.evaluate import CODES
 from segfast.cli.options import Reporter, explained
-from segfast.engine.run import load_network, weights_file
+from segfast.engine.run import json_of, load_network, weights_file
 
 
 def export(
@@ -56,10 +55,7 @@ def measured(weights: Path) -> float | None:
     """The mIoU that the run folder of the weights notes: of the best ones, or the last."""
     path = weights_file(weights)
     result, key = path.parent / "result.json", {"best": "best_miou", "last": "miou"}.get(path.stem)
-    try:
-        return json.loads(result.read_text()).get(key) if key and result.is_file() else None
-    except (ValueError, AttributeError) as error:
-        raise ValueError(f"cannot read {result}: {error}") from error
+    return json_of(result).get(key) if key and result.is_file() else None
 
 
 export.__doc__ += f"\n\nExample: segfast export student student.onnx --size 360 480\n\n{CODES}\n"

@@ -259,6 +259,10 @@ class Run:
         torch.manual_seed(config.seed)
         self.train_set, self.val_set = make_dataset(config, config.train_split), make_dataset(config, config.val_split)
         self.build()
+        # What a run must find again when it goes on; the config says the rest. The teacher is read for it once, not at every save.
+        self.inputs = {"training images": len(self.train_set), "validation images": len(self.val_set)}
+        if self.method:
+            self.inputs["teacher"] = fingerprint(self.teacher)
         state = folder / "state.safetensors"
         if state.is_file():
             self.restore(checkpoint.load_state(state))
@@ -542,22 +546,16 @@ class Run:
             "average": self.average.state_dict() if self.average else None,
             "method": self.method.state_dict() if self.method else None,
             "scaler": self.scaler.state_dict() if self.scaler else None,
-            "inputs": self.inputs(),
+            "inputs": self.inputs,
             "random": {
                 "cpu": torch.get_rng_state(),
                 "cuda": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
             },
         }
 
-    def inputs(self) -> dict[str, int | str]:
-        """What a run must find again when it goes on; every process's own config says the rest."""
-        found = {"training images": len(self.train_set), "validation images": len(self.val_set)}
-        return found | ({"teacher": fingerprint(self.teacher)} if self.method else {})
-
     def restore(self, state: dict) -> None:
         path = self.folder / "state.safetensors"
-        have = self.inputs()
-        then = state.get("inputs", have)
+        have, then = self.inputs, state.get("inputs", self.inputs)
         changed = [f"{name} {then[name]} then, {have.get(name)} now" for name in then if then[name] != have.get(name)]
         if changed:
             raise ValueError(f"{path} is of a run on other inputs ({'; '.join(changed)}): want another folder")
@@ -678,8 +676,16 @@ def shown(score: float | None) -> str:
 
 
 def json_of(path: Path) -> dict:
+    """The object in a JSON file.
+
+    Raises:
+        ValueError: naming the file: it holds none.
+    """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError(f"want an object, got {type(found).__name__}")
+        return found
     except ValueError as error:
         raise ValueError(f"cannot read {path}: {error}; delete the file and run again") from error
 
