@@ -259,7 +259,7 @@ class Run:
         torch.manual_seed(config.seed)
         self.train_set, self.val_set = make_dataset(config, config.train_split), make_dataset(config, config.val_split)
         self.build()
-        # What a run must find again when it goes on; the config says the rest. The teacher is read for it once, not at every save.
+        # What a run must find again when it goes on; the config says the rest. Read once: hashing the teacher takes time.
         self.inputs = {"training images": len(self.train_set), "validation images": len(self.val_set)}
         if self.method:
             self.inputs["teacher"] = fingerprint(self.teacher)
