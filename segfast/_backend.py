@@ -76,10 +76,14 @@ def has_kernel(op: str, *tensors: Tensor) -> bool:
     return all(type(t) in (Tensor, torch.nn.Parameter) or isinstance(t, torch._subclasses.FakeTensor) for t in tensors)
 
 
-@torch.compiler.assume_constant_result  # while a graph is traced as well, whose transforms are entered for real meanwhile
 def is_transformed() -> bool:
     """Whether this is inside grad, vmap, jvp or another transform of torch.func, or forward-mode AD."""
     return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
+
+
+# torch.compiler.assume_constant_result(is_transformed), without its import of torch._dynamo (600 modules): asked while a
+# graph is traced too, whose transforms are entered for real meanwhile.
+is_transformed._dynamo_marked_constant = True
 
 
 def is_whole(value) -> bool:
