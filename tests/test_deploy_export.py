@@ -1,10 +1,12 @@
 """Exported files give what PyTorch gives, say what they are, and are whole or not there."""
 
+import io
 import json
 import os
 import random
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -233,6 +235,11 @@ def test_commands(folder, tmp_path, monkeypatch):
     assert again.exit_code == 2
     assert "--no-head" in again.output
     assert call("predict", tmp_path / "frame.png").exit_code == 2
+    hub = model.save_pretrained(tmp_path / "hub", miou=0.25)
+    assert call("export", hub, tmp_path / "hub.onnx", "--size", 70, 100).exit_code == 0
+    assert deploy.load(tmp_path / "hub.onnx").about["miou"] == 0.25
+    result = call("predict", hub, tmp_path / "frame.png", "--out", tmp_path / "q")
+    assert result.exit_code == 0, result.output
 
 
 class Looks(nn.Module):
@@ -251,6 +258,25 @@ def test_what_cannot_be_exported_names_the_layer(layer, tmp_path):
     model.classifier.conv[0] = layer
     with pytest.raises(ValueError, match=r"classifier\.conv\.0.*want|classifier\.conv\.0.*Want"):
         deploy.export_onnx(model, tmp_path / "a.onnx", SIZE)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_cannot_be_quantised_names_the_layer():
+    pytest.importorskip("torchao")
+    model = trained("fast_scnn", 3, width=0.25)
+    model.classifier.conv[0] = Looks()
+    with pytest.raises(ValueError, match=r"quantize: cannot export the layer 'classifier\.conv\.0'.*replace the layer"):
+        deploy.quantize(model, list(torch.randn(8, 3, *SIZE)))
+
+
+def test_what_onnx_lacks_in_int8_names_the_place(tmp_path, monkeypatch):
+    """The head's own operator, replaced by one that ONNX has not, outside of any layer."""
+    pytest.importorskip("torchao")
+    model = trained("fast_scnn", 3, width=0.25)
+    quantized = deploy.quantize(model, list(torch.randn(8, 3, *SIZE)), observer="min-max")
+    monkeypatch.setattr(deploy.export, "to_classes", lambda logits, *_: torch.linalg.eigvals(logits[0, 0, :4, :4]).real)
+    with pytest.raises(ValueError, match=r"quantize_onnx: ONNX has no \S*eig\S* as the network itself .*\.py:\d+\)"):
+        deploy.quantize_onnx(quantized, tmp_path / "a.onnx")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -284,6 +310,39 @@ def test_an_interrupted_export_leaves_nothing(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_kill_while_it_is_written_leaves_nothing(tmp_path):
+    """Before it is whole a file has no name."""
+    code = (
+        "import os, signal, sys; from segfast._files import write\n"
+        "os.fsync = lambda handle: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "write(sys.argv[1], bytes(100_000))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "a.onnx")])
+    assert done.returncode == -9
+    try:
+        os.close(os.open(tmp_path, os.O_TMPFILE | os.O_WRONLY))
+    except (AttributeError, OSError):
+        pytest.skip("no files without names here")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_where_files_have_names_from_the_start(tmp_path, monkeypatch):
+    monkeypatch.setattr(os.path, "isdir", lambda path: False)
+    for content in (b"old", b"new"):
+        assert checkpoint.write(tmp_path / "a", content).read_bytes() == content
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+    assert (tmp_path / "a").stat().st_mode & 0o777 == 0o644
+
+
+def test_the_place_is_tried_first(tmp_path, folder):
+    _, model, _ = folder
+    (tmp_path / "a.onnx").mkdir()
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "a.onnx", tmp_path / "file" / "b.onnx"):
+        with pytest.raises(OSError, match=f"cannot write {path}"):
+            deploy.export_onnx(model, path, SIZE)
+
+
 def test_bad_arguments(tmp_path, folder):
     path, model, _ = folder
     with pytest.raises(ValueError, match=r"ends in \.onnx"):
@@ -300,6 +359,18 @@ def test_bad_arguments(tmp_path, folder):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(ValueError, match=f"{name}.*(whole|ends in)"):
             deploy.load(tmp_path / name)
+    whole = deploy.export_program(model, tmp_path / "c.pt2", SIZE).path.read_bytes()
+    assert str(Path(segfast.__file__).parent).encode() not in whole, "the source's paths stay here"
+    for lost, why in (("segfast.json", "does not say"), ("models", "is no whole")):
+        with zipfile.ZipFile(io.BytesIO(whole)) as old, zipfile.ZipFile(tmp_path / "c.pt2", "w") as new:
+            for name in old.namelist():
+                if lost not in name:
+                    new.writestr(name, old.read(name))
+        with pytest.raises(ValueError, match=rf"c\.pt2 {why}"):
+            deploy.load(tmp_path / "c.pt2")
+    artefact = deploy.load(path / "free.onnx")
+    with pytest.raises(ValueError, match=r"free\.onnx does not run on an image of 0x3 \(networks want at least 32"):
+        artefact(torch.rand(1, 3, 0, 3))
     other = onnx.load(path / "free.onnx")
     del other.metadata_props[:]
     onnx.save(other, tmp_path / "other.onnx")

@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from segfast._files import check_writable
 from segfast.cli.options import Reporter, explained, merged
 from segfast.deploy.artefact import SUFFIXES, load
 from segfast.engine import checkpoint
@@ -25,7 +26,10 @@ from segfast.engine.run import Network, choose_device, load_network, make_datase
 from segfast.optimize import optimize
 
 Weights = Annotated[
-    Path, typer.Argument(help="A run folder, a .safetensors file that segfast wrote, or an exported .onnx, .pt2 or .pte file.")
+    Path,
+    typer.Argument(
+        help="A run folder, one of save_pretrained, a .safetensors file of segfast's, or an exported .onnx, .pt2 or .pte file."
+    ),
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
 Scale = Annotated[list[float] | None, typer.Option("--scale", help="Test-time size; give several to average over them.")]
@@ -93,6 +97,8 @@ def evaluate(
             config = weights / "config.yaml"
         given = {"data": data, "root": root, "label_map": label_map, "val_split": split}
         settings = merged(config, {name: value for name, value in given.items() if value is not None})
+        if out:
+            check_writable(out)
         model, network, place = build(weights, device, scale, flip, window, overlap)
         if settings.data == "folder" and not settings.num_classes:  # nor classes.txt, which goes before it
             settings = dataclasses.replace(settings, num_classes=network.num_classes)

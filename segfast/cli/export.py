@@ -16,7 +16,7 @@ from segfast.engine.run import json_of, load_network, weights_file
 
 
 def export(
-    weights: Annotated[Path, typer.Argument(help="A run folder, or a .safetensors file that segfast wrote.")],
+    weights: Annotated[Path, typer.Argument(help="A run folder, one of save_pretrained, or a .safetensors file of segfast's.")],
     out: Annotated[Path, typer.Argument(help="The file: .onnx, .pt2 for torch.export and AOTInductor, .pte for ExecuTorch.")],
     size: Annotated[tuple[int, int], typer.Option(help="H W of the images.")] = (512, 1024),
     dynamic: Annotated[bool, typer.Option(help="Batch, height and width are free (ONNX; where the network allows it).")] = False,
@@ -52,10 +52,11 @@ def export(
 
 
 def measured(weights: Path) -> float | None:
-    """The mIoU that the run folder of the weights notes: of the best ones, or the last."""
+    """The mIoU that the folder of the weights notes: a run's of the best ones or the last, or that of save_pretrained."""
     path = weights_file(weights)
-    result, key = path.parent / "result.json", {"best": "best_miou", "last": "miou"}.get(path.stem)
-    return json_of(result).get(key) if key and result.is_file() else None
+    known = {"best.safetensors": ("result.json", "best_miou"), "last.safetensors": ("result.json", "miou")}
+    name, key = known.get(path.name, ("config.json", "miou"))
+    return json_of(path.with_name(name)).get(key) if path.with_name(name).is_file() else None
 
 
 export.__doc__ += f"\n\nExample: segfast export student student.onnx --size 360 480\n\n{CODES}\n"

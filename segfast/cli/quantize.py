@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import Annotated
 
 import torch
+import torch.nn.functional as F
 import typer
 from rich.console import Console
 from rich.table import Table
 from torch.utils.data import DataLoader, Subset
 
+from segfast._files import check_writable
 from segfast.cli.evaluate import CODES
 from segfast.cli.options import Reporter, explained, merged
 from segfast.data import Augment, Stream
@@ -32,12 +34,18 @@ HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def quantize(
-    weights: Annotated[Path, typer.Argument(help="A run folder, or a .safetensors file that segfast wrote.")],
+    weights: Annotated[Path, typer.Argument(help="A run folder, one of save_pretrained, or a .safetensors file of segfast's.")],
     out: Annotated[Path, typer.Argument(help="The file: .safetensors, or .onnx with QuantizeLinear pairs (static, aware).")],
     mode: Annotated[str, typer.Option(help=f"{', '.join(MODES)}.")] = "static",
-    observer: Annotated[str, typer.Option(help="Ranges of activations: mse, percentile or min-max.")] = "mse",
+    observer: Annotated[
+        str | None, typer.Option(help="Ranges of activations: mse, percentile or min-max (static, aware). [default: mse]")
+    ] = None,
     images: Annotated[int, typer.Option(min=1, help="Training images to calibrate with.")] = 32,
-    max_drop: Annotated[float | None, typer.Option(help="Points of mIoU to lose at most; costly layers stay in float.")] = None,
+    size: Annotated[tuple[int, int] | None, typer.Option(help="H W that images are resized to. [default: their own]")] = None,
+    max_drop: Annotated[
+        float | None, typer.Option(help="Points of mIoU to lose at most; costly layers stay in float (static).")
+    ] = None,
+    sensitivity: Annotated[bool, typer.Option(help="Print what each layer alone costs in int8 (static, aware).")] = False,
     dynamic: Annotated[bool, typer.Option(help="Batch, height and width are free (static, aware).")] = False,
     steps: Annotated[int, typer.Option(min=1, help="Of quantisation-aware training.")] = 200,
     batch: Annotated[int, typer.Option(min=1, help="Of quantisation-aware training.")] = 4,
@@ -63,6 +71,14 @@ def quantize(
             raise ValueError(f"want a .safetensors file, or .onnx with mode static or aware, got {out} with {mode}")
         if dynamic and mode not in ("static", "aware"):
             raise ValueError(f"want mode static or aware with --dynamic, got {mode}: its file takes images of any size as it is")
+        for option, value, fitting in (
+            ("--observer", observer, ("static", "aware")), ("--max-drop", max_drop, ("static",)),
+            ("--sensitivity", sensitivity or None, ("static", "aware")),
+        ):  # fmt: skip
+            if value is not None and mode not in fitting:
+                raise ValueError(f"want mode {' or '.join(fitting)} with {option}, got {mode}")
+        for path in filter(None, (out, report)):
+            check_writable(path)
         if config is None and weights.is_dir() and (weights / "config.yaml").is_file():
             config = weights / "config.yaml"
         given = {"data": data, "root": root}
@@ -74,19 +90,30 @@ def quantize(
         if len(val_set.classes) != network.num_classes:
             raise ValueError(f"{weights}: want the dataset's {len(val_set.classes)} classes, got {network.num_classes}")
 
+        def sized(x: torch.Tensor) -> torch.Tensor:
+            x = x if size is None else F.interpolate(x, size, mode="bilinear", antialias=True)
+            return x.contiguous(memory_format=torch.channels_last)
+
         @torch.no_grad()
         def score(run: Callable) -> float:
-            loader = DataLoader(val_set, generator=torch.Generator())
-            batches = ((prepare(x).contiguous(memory_format=torch.channels_last), labels) for x, labels in loader)
-            return mean_iou(evaluate(run, batches, network.num_classes))
+            def whole(x: torch.Tensor) -> torch.Tensor:
+                logits = run(sized(x))
+                return logits if size is None else F.interpolate(logits, x.shape[2:], mode="bilinear")
+
+            batches = ((prepare(x), labels) for x, labels in DataLoader(val_set, generator=torch.Generator()))
+            return mean_iou(evaluate(whole, batches, network.num_classes))
 
         step = max(1, len(train_set) // images)
-        calibration = [prepare(train_set[i][0][None])[0] for i in range(0, len(train_set), step)][:images]
-        options = {"observer": observer, "network": about, "dynamic": dynamic}
+        calibration = [sized(prepare(train_set[i][0][None]))[0] for i in range(0, len(train_set), step)][:images]
+        if len({x.shape for x in calibration}) > 1:
+            raise ValueError("want calibration images of one size, got several: name one by --size H W")
+        if size is None and not dynamic and val_set[0][0].shape != calibration[0].shape:
+            raise ValueError("want validation images of the calibration's size, got another: --size H W, or --dynamic")
+        options = {"observer": observer or "mse", "network": about, "dynamic": dynamic}
         table = {"float": (model, checkpoint_size(model.state_dict()))}
         for name in ("bf16", "fp16") if mode == "fp16" else ("bf16",):
             table[name] = q.half(model, HALVES[name]), checkpoint_size(model.state_dict(), HALVES[name])
-        quantized, files = None, {}
+        quantized, files, costs = None, {}, {}
         if mode == "aware":
             stream = Stream(train_set, Augment(settings.crop, settings.scale, settings.flip, 0.0), settings.seed)
             loader = DataLoader(Subset(stream, range(steps * batch)), batch, generator=torch.Generator())
@@ -98,6 +125,11 @@ def quantize(
         elif mode == "static":
             limit = {"score": score, "max_drop": max_drop} if max_drop is not None else {}
             quantized = deploy.quantize(model, calibration, say=reporter.say, **limit, **options)
+            costs = quantized.about.get("sensitivity", {})
+        if sensitivity and not costs:
+            costs = deploy.sensitivity(model, calibration, score)
+            for name, cost in costs.items():
+                reporter.say(f"  {name}: {cost:+.2f}")
         made = shlex.join(["segfast", *sys.argv[1:]])
         scores = {name: score(run) for name, (run, _) in table.items()}
         times = {name: milliseconds(fast(name, model, run), calibration[0][None], runs) for name, (run, _) in table.items()}
@@ -120,21 +152,24 @@ def quantize(
                 if done.refused:
                     reporter.say(f"TensorRT's parser does not take: {', '.join(done.refused)}")
             else:
-                sizes["int8"] = deploy.save_quantized(quantized, out, scores["int8"]).stat().st_size
+                sizes["int8"] = deploy.save_quantized(quantized, out, scores["int8"], made).stat().st_size
         elif mode == "weights":
             rounded = q.weights_only(model)
             scores["int8 weights"], times["int8 weights"] = score(rounded), times["float"]
-            q.save_weights_only(model, out, about, scores["int8 weights"])
+            q.save_weights_only(model, out, about, scores["int8 weights"], made)
             sizes["int8 weights"] = out.stat().st_size
         else:
             tensors = {k: x.to(HALVES[mode]) if x.is_floating_point() else x for k, x in model.state_dict().items()}
-            checkpoint.save(out, tensors, {"network": about, "miou": scores[mode], "made": made})
+            checkpoint.save(out, tensors, deploy.export.describe(model, None, False, about, scores[mode], made))
         show(scores, sizes, times)
         if report is not None:
             entries = {name: {"miou": scores[name], "bytes": sizes[name], "milliseconds": times[name]} for name in scores}
             checkpoint.write(
-                report, json.dumps({**about, "mode": mode, "made": made, "table": entries, "onnx": files}, indent=1) + "\n"
-            )
+                report,
+                json.dumps(
+                    {**about, "mode": mode, "made": made, "table": entries, "onnx": files, "sensitivity": costs}, indent=1
+                ) + "\n",
+            )  # fmt: skip
         reporter.say(f"wrote {out}: {out.stat().st_size / 1e6:.2f} MB")
 
 

@@ -22,7 +22,8 @@ class Artefact:
     """An exported network, a function of images in [0, 1] (N, 3, H, W) of any size.
 
     It gives logits (N, classes, H, W), or with the head inside the class map (N, H, W), int64. Images of another size than a
-    file of fixed size takes are resized to it, and the result back.
+    file of fixed size takes are resized to it, and the result back. What the runtime raises comes as a ValueError that names
+    the file.
 
     Attributes:
         about: what the file says of itself: network, preprocessing, size, head, segfast, miou, made.
@@ -44,10 +45,13 @@ class Artefact:
         if fixed is not None and tuple(fixed) != size:
             images = F.interpolate(images, tuple(fixed), mode="bilinear", antialias=True)
         batch = self.preprocessing(images * 255).contiguous()
-        if fixed is None:
-            result = self.run(batch)
-        else:
-            result = torch.cat([self.run(image[None]) for image in batch])
+        try:
+            result = self.run(batch) if fixed is None else torch.cat([self.run(image[None]) for image in batch])
+        except Exception as error:  # of the runtimes, which have no class in common but this
+            raise ValueError(
+                f"{self.path} does not run on an image of {size[0]}x{size[1]} (networks want at least 32 either way): "
+                f"{first_line(error)}"
+            ) from error
         if not self.about["head"]:
             return result if tuple(result.shape[2:]) == size else F.interpolate(result, size, mode="bilinear")
         if tuple(result.shape[1:]) != size:
@@ -110,7 +114,7 @@ def _onnx(path: Path) -> Artefact:
     try:
         run = Session(str(path), f"load {path}")
     except Exception as error:  # ONNX Runtime's errors have no class in common but this
-        raise ValueError(f"{path} is no whole ONNX file, or one that ONNX Runtime cannot run: {error}") from error
+        raise ValueError(f"{path} is no whole ONNX file, or one that ONNX Runtime cannot run: {first_line(error)}") from error
     return Artefact(path, _about(path, run.session.get_modelmeta().custom_metadata_map.get("segfast")), run)
 
 
@@ -121,23 +125,34 @@ def _pt2(path: Path) -> Artefact:
             compiled = any("aotinductor" in name for name in archive.namelist())
     except zipfile.BadZipFile as error:
         raise ValueError(f"{path} is no whole .pt2 file, it may be truncated: {error}") from error
-    if compiled:
-        package = torch._inductor.aoti_load_package(str(path))
-        about = _about(path, package.get_metadata().get("segfast"))
-        return Artefact(path, about, package)
-    about = _about(path, text)
-    return Artefact(path, about, torch.export.load(io.BytesIO(path.read_bytes())).module())
+    try:
+        if compiled:
+            run = torch._inductor.aoti_load_package(str(path))
+            text = run.get_metadata().get("segfast")
+        else:
+            run = torch.export.load(io.BytesIO(path.read_bytes())).module()
+    except Exception as error:  # a damaged file comes as any of a dozen
+        raise ValueError(f"{path} is no whole .pt2 file, or one that this PyTorch cannot run: {first_line(error)}") from error
+    return Artefact(path, _about(path, text), run)
 
 
 def _pte(path: Path) -> Artefact:
     try:
         run = Lite(path.read_bytes(), f"load {path}")
     except RuntimeError as error:
-        raise ValueError(f"{path} is no whole .pte file, or one that ExecuTorch cannot run: {error}") from error
+        raise ValueError(f"{path} is no whole .pte file, or one that ExecuTorch cannot run: {first_line(error)}") from error
     return Artefact(path, _about(path, run.about()), run)
 
 
 def _about(path: Path, text: str | bytes | None) -> dict:
     if text is None:
         raise ValueError(f"{path} does not say what network it holds: want a file that `segfast export` wrote")
-    return json.loads(text)
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{path} describes its network in what is no JSON: {error}") from error
+
+
+def first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0][:200] if lines else type(error).__name__

@@ -19,9 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from segfast import ops
+from segfast._files import check_writable
 from segfast._packages import need
 from segfast._version import __version__
-from segfast.deploy.artefact import Lite, Session
+from segfast.deploy.artefact import Lite, Session, first_line
 from segfast.engine import checkpoint
 
 OPSET = 20
@@ -164,9 +165,13 @@ class ClassMap(nn.Module):
         self.network = network
 
     def forward(self, images: Tensor) -> Tensor:
-        logits = self.network.forward_features(images).logits
-        dtype = torch.uint8 if logits.shape[1] <= 256 else torch.int32
-        return ops.upsample_argmax(logits, images.shape[2:], self.network.align_corners, dtype=dtype)
+        return to_classes(self.network.forward_features(images).logits, images, self.network.align_corners)
+
+
+def to_classes(logits: Tensor, images: Tensor, align_corners: bool) -> Tensor:
+    """The head: classes at the images' size, uint8, or int32 where there are more than 256."""
+    dtype = torch.uint8 if logits.shape[1] <= 256 else torch.int32
+    return ops.upsample_argmax(logits, images.shape[2:], align_corners, dtype=dtype)
 
 
 def export_onnx(
@@ -209,7 +214,7 @@ def export_onnx(
     try:
         translated = Translated(program, opset, about)
     except torch.onnx.OnnxExporterError as error:
-        raise ValueError(_untranslated(program, error)) from error
+        raise ValueError(_untranslated(program, error, "export_onnx")) from error
     error, agreement = check(model, Session(translated.content, "export_onnx"), size, dynamic, head, "export_onnx")
     return translated.write(path, error, agreement)
 
@@ -275,6 +280,9 @@ def export_program(
             )
             content, run = Path(package).read_bytes(), torch._inductor.aoti_load_package(package)
     else:
+        for node in program.graph.nodes:
+            node.meta.pop("stack_trace", None)  # the source's paths and lines on this machine
+        program.example_inputs = None
         buffer = io.BytesIO()
         torch.export.save(program, buffer, extra_files={"segfast.json": about})
         content, run = buffer.getvalue(), torch.export.load(io.BytesIO(buffer.getvalue())).module()
@@ -415,6 +423,7 @@ def _target(path: str | Path, suffix: str) -> Path:
     path = Path(path)
     if path.suffix != suffix:
         raise ValueError(f"export: want a file that ends in {suffix}, got {path}")
+    check_writable(path)
     return path
 
 
@@ -423,9 +432,17 @@ def _program(model: nn.Module, size: tuple[int, int], dynamic: bool, head: bool,
         raise RuntimeError(f"{what}: want {model.name} in evaluation mode: call .eval() first")
     if len(size) != 2 or min(size) < model.min_size:
         raise ValueError(f"{what}: want a size (H, W) of at least {model.min_size} for {model.name}, got {tuple(size)}")
+    return traced(ClassMap(model) if head else model, model, size, dynamic, what)
+
+
+def traced(wrapped: nn.Module, model: nn.Module, size: tuple[int, int], dynamic: bool, what: str):
+    """What torch.export makes of `wrapped`, which runs `model`.
+
+    Raises:
+        ValueError: it cannot; the layer is named.
+    """
     images, free = traced_with(model, size, dynamic)
     entered: list[str] = []
-    wrapped = ClassMap(model) if head else model
     with _entering(model, entered), _quiet(), torch.no_grad():
         try:
             return torch.export.export(wrapped, (images,), dynamic_shapes=free)
@@ -434,7 +451,7 @@ def _program(model: nn.Module, size: tuple[int, int], dynamic: bool, head: bool,
             hint = " A fixed size (dynamic=False) may do." if dynamic else ""
             raise ValueError(
                 f"{what}: cannot export the layer {layer!r} ({type(model.get_submodule(layer)).__name__ if entered else layer}): "
-                f"{_first_line(error)}. Want tensor operations alone, no control flow on values: replace the layer.{hint}"
+                f"{first_line(error)}. Want tensor operations alone, no control flow on values: replace the layer.{hint}"
             ) from error
 
 
@@ -462,7 +479,7 @@ def _entering(model: nn.Module, entered: list[str]) -> Iterator[None]:
             handle.remove()
 
 
-def _untranslated(program, error: Exception) -> str:
+def _untranslated(program, error: Exception, what: str) -> str:
     """What ONNX has no translation for, and the layer in which it stands."""
     texts, seen = [], error
     while seen is not None:
@@ -471,24 +488,20 @@ def _untranslated(program, error: Exception) -> str:
     text = "\n".join(texts)
     found = re.search(r"node %?(\w+)", text)
     target = re.search(r"target=([\w.:]+)", text)
-    layer = "the network itself"
+    layer = place = ""
     # The exporter translates what the operators decompose into.
     for node in program.run_decompositions().graph.nodes:
         if found and (node.name == found[1] or (target and target[1].removeprefix("torch.ops.") in str(node.target))):
             stack = list((node.meta.get("nn_module_stack") or {}).values())
-            if stack:
-                layer = re.sub(r"^L\['self'\]\.?", "", str(stack[-1][0])) or layer
+            layer = re.sub(r"^L\['self'\]\.?", "", str(stack[-1][0])) if stack else ""
+            lines = re.findall(r'File "(.*?)", line (\d+), in', node.meta.get("stack_trace") or "")
+            place = f" ({lines[-1][0]}:{lines[-1][1]})" if lines else ""
             break
     operator = target[1] if target else found[1] if found else "an operator"
     return (
-        f"export_onnx: ONNX has no {operator} as the layer {layer!r} uses it: want another layer there, a fixed size "
-        f"(dynamic=False), or export_program, which takes every ATen operator: {_first_line(error)}"
+        f"{what}: ONNX has no {operator} as {f'the layer {layer!r}' if layer else 'the network itself'} uses it{place}: want "
+        f"another there, a fixed size (dynamic=False), or export_program, which takes every ATen operator: {first_line(error)}"
     )
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0][:200] if lines else type(error).__name__
 
 
 @contextlib.contextmanager

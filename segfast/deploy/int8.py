@@ -11,13 +11,13 @@ import contextlib
 import copy
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from importlib import metadata
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from segfast import ops
 from segfast._packages import need
 from segfast.deploy import export
 from segfast.deploy.artefact import Session
@@ -26,6 +26,7 @@ from segfast.engine import checkpoint
 from segfast.engine.run import Features, Network
 from segfast.engine.train import poly, train
 from segfast.nn import resize
+from segfast.nn.folding import fold, foldable
 
 OBSERVERS = ("mse", "percentile", "min-max")
 FEWEST = 8  # images that a calibration takes at least
@@ -98,7 +99,7 @@ class Classes(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         logits = self.body(images)
         if self.head:
-            return ops.upsample_argmax(logits, images.shape[2:], self.align_corners)
+            return export.to_classes(logits, images, self.align_corners)
         return resize(logits, images.shape[2:], self.align_corners)
 
 
@@ -124,7 +125,7 @@ def quantize(
         keep: names of layers that stay in float.
         score: gives the mIoU, 0 to 1, of a function from images to logits of their size; needed for `max_drop`.
         max_drop: the most that int8 may lose, in points of mIoU. Layers are kept in float, the costliest by `sensitivity` first,
-            one, then twice as many, until it holds.
+            one, then twice as many, until it holds; `about["sensitivity"]` then has what each costs.
         dynamic: the result takes images of any size, not only the calibration's.
         network: what a weights file says of its network, to be saved.
         say: called with lines about what was tried.
@@ -155,8 +156,8 @@ def quantize(
         return quantized
     costs = sensitivity(model, images, score, exact=exact)
     order = [name for name in costs if name not in kept]
-    for line in [f"  {name}: {cost:+.2f}" for name, cost in costs.items()][:10]:
-        say(line)
+    for name, cost in costs.items():
+        say(f"  {name}: {cost:+.2f}")
     count = 1
     while order:
         chosen = kept + order[:count]
@@ -164,6 +165,7 @@ def quantize(
         loss = 100 * (exact - score(quantized))
         say(f"{len(chosen)} layers in float: {exact - loss / 100:.4f}")
         if loss <= max_drop:
+            quantized.about["sensitivity"] = costs
             return quantized
         if count >= len(order):
             break
@@ -208,9 +210,8 @@ def prepare(model: nn.Module, size: tuple[int, int], observer: str, kept: Sequen
     quantizer = x86.X86InductorQuantizer().set_global(config)
     for name in kept:
         quantizer.set_module_name_qconfig(f"network.{name}", None)
-    images, free = export.traced_with(model, size, dynamic)
     with torch.no_grad(), export._quiet():
-        program = torch.export.export(Logits(model), (images,), dynamic_shapes=free).module(check_guards=not dynamic)
+        program = export.traced(Logits(model), model, size, dynamic, "quantize").module(check_guards=not dynamic)
         if dynamic:
             # What holds of the sizes traced with need not of others; whether the graph does is seen by running it.
             program._forward_pre_hooks.clear()
@@ -406,11 +407,18 @@ def quantize_aware(
     return quantize(student.eval(), images, observer=observer, keep=keep, dynamic=dynamic, network=network)
 
 
-def save_quantized(quantized: Quantized, path: str | Path, miou: float | None = None) -> Path:
-    """A safetensors file of int8 weights, their scales and the activations' scales; `load_quantized` reads it."""
+def save_quantized(quantized: Quantized, path: str | Path, miou: float | None = None, made: str | None = None) -> Path:
+    """A safetensors file of int8 weights, their scales and the activations' scales; `load_quantized` reads it.
+
+    Args:
+        quantized: what `quantize` gave.
+        path: of the file.
+        miou, made: for the metadata; `made` instead of "segfast.deploy.quantize".
+    """
     tensors = read_tensors(quantized.graph)
     zero = [name for name, x in tensors.items() if name.startswith("_zero_point") and not x.any()]
     about = {**quantized.about, "miou": miou, "activations": activation_scales(quantized.graph), "zero": zero}
+    about["made"] = made or about["made"]
     return checkpoint.save(path, {name: x for name, x in tensors.items() if name not in zero}, about)
 
 
@@ -426,14 +434,21 @@ def load_quantized(path: str | Path) -> Quantized:
     need("torchao", "load_quantized", "deploy")
     model = Network.described(about, path).build().eval()
     about = {"dynamic": False, **about}  # files of before there were others
-    images = [torch.zeros(3, *about["size"])]
-    quantized = static(model, images, "min-max", about["float_layers"], about["network"], about["dynamic"])
-    own = read_tensors(quantized.graph)
-    tensors |= {name: torch.zeros_like(own[name]) for name in about["zero"]}
-    for node, (scale, zero) in zip(activation_nodes(quantized.graph), about["activations"], strict=True):
-        node.args = (node.args[0], scale, zero, *node.args[3:])
-    if sorted(own) != sorted(tensors):
-        raise ValueError(f"{path} was quantised by another release of torchao or PyTorch: want it quantised again")
+    checkpoint.take_preprocessing(model, about, path)
+    try:
+        images = [torch.zeros(3, *about["size"])]
+        quantized = static(model, images, "min-max", about["float_layers"], about["network"], about["dynamic"])
+        own = read_tensors(quantized.graph)
+        tensors |= {name: torch.zeros_like(own[name]) for name in about["zero"]}
+        if {name: x.shape for name, x in own.items()} != {name: x.shape for name, x in tensors.items()}:
+            raise ValueError("other tensors")
+        for node, (scale, zero) in zip(activation_nodes(quantized.graph), about["activations"], strict=True):
+            node.args = (node.args[0], float(scale), int(zero), *node.args[3:])
+    except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"{path} does not fit what torchao {metadata.version('torchao')} and PyTorch {torch.__version__} make of its "
+            f"network: want it quantised again with these releases ({error!r})"
+        ) from error
     for name, x in own.items():
         x.copy_(tensors[name])
     quantized.graph.recompile()
@@ -479,7 +494,11 @@ def quantize_onnx(
     example, free = export.traced_with(whole, size, dynamic)
     about = {**quantized.about, "size": None if dynamic else size, "head": head, "miou": miou, "made": made}
     with export._quiet(), torch.no_grad():
-        translated = export.Translated(torch.export.export(whole, (example,), dynamic_shapes=free), opset, about)
+        program = torch.export.export(whole, (example,), dynamic_shapes=free)
+        try:
+            translated = export.Translated(program, opset, about)
+        except torch.onnx.OnnxExporterError as error:
+            raise ValueError(export._untranslated(program, error, "quantize_onnx")) from error
     run, agreement = Session(translated.content, "quantize_onnx"), 1.0
     plain = whole if not head else Classes(quantized, False)
     generator = torch.Generator().manual_seed(0)
@@ -509,28 +528,100 @@ def half(model: nn.Module, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
     return lambda images: smaller(images.to(dtype)).float()
 
 
+def read_by(model: nn.Module) -> dict[str, str]:
+    """The convolutions by name, and the BatchNorm that reads each one's output, as far as running the network shows it."""
+    made: dict[int, tuple[str, Tensor]] = {}  # with the tensors, so that no other takes their identity
+    found: dict[str, str] = {}
+    names = {module: name for name, module in model.named_modules()}
+
+    def note(module, args, result):
+        if not isinstance(module, nn.BatchNorm2d):
+            made[id(result)] = names[module], result
+        elif id(args[0]) in made:
+            found[made[id(args[0])][0]] = names[module]
+
+    handles = [m.register_forward_hook(note) for m in names if isinstance(m, (*CONVOLUTIONS, nn.BatchNorm2d))]
+    try:
+        model.forward_features(noise(model))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def noise(model: nn.Module) -> Tensor:
+    """An image."""
+    return torch.randn(1, 3, 2 * model.min_size, 2 * model.min_size, generator=torch.Generator().manual_seed(0))
+
+
+def only_add(norm: nn.BatchNorm2d, bias: Tensor) -> None:
+    """Make a BatchNorm the addition of a bias."""
+    norm.running_mean.zero_()
+    norm.running_var.fill_(1 - norm.eps)
+    norm.weight.fill_(1)
+    norm.bias.copy_(bias)
+
+
+@torch.no_grad()
+def folded(model: nn.Module) -> tuple[nn.Module, list[str]]:
+    """A copy whose BatchNorms add alone where a convolution before them takes their scale, and the names of these."""
+    smaller, names = copy.deepcopy(model), []
+    for name, norm in read_by(smaller).items():
+        conv, bn = smaller.get_submodule(name), smaller.get_submodule(norm)
+        if not foldable(conv, bn) or (isinstance(conv, nn.ConvTranspose2d) and conv.groups > 1):
+            continue
+        weight, bias = fold(conv, bn)
+        conv.weight.copy_(weight)
+        if conv.bias is not None:
+            conv.bias.zero_()
+        only_add(bn, bias)
+        names.append(norm)
+    want, got = model(noise(model)), smaller(noise(model))
+    if not torch.allclose(got, want, rtol=0, atol=export.TOLERANCE * float(want.abs().max())):
+        return copy.deepcopy(model), []  # a convolution that others read too, or that runs twice
+    return smaller, names
+
+
+@torch.no_grad()
 def weights_only(model: nn.Module) -> nn.Module:
     """A copy of the network whose convolutions' weights are rounded to int8 a channel; the arithmetic is float's."""
-    smaller = copy.deepcopy(model)
+    smaller, _ = folded(model)
     for module in layers(smaller).values():
-        with torch.no_grad():
-            module.weight.copy_(RoundedWeight(weight_axis(module))(module.weight))
+        module.weight.copy_(RoundedWeight(weight_axis(module))(module.weight))
     return smaller
 
 
-def save_weights_only(model: nn.Module, path: str | Path, network: Mapping, miou: float | None = None) -> Path:
-    """A safetensors file of int8 weights a channel and their scales, the rest as it is; `load_weights_only` reads it."""
-    found, tensors = layers(model), {}
-    for name, x in model.state_dict().items():
-        module = found.get(name.removesuffix(".weight"))
-        if module is None or not name.endswith(".weight"):
-            tensors[name] = x
-            continue
-        scale = channel_scale(x, weight_axis(module))
-        tensors[name], tensors[f"{name}.scale"] = (x / scale).round().clamp(-128, 127).to(torch.int8), scale
-    return checkpoint.save(path, tensors, {"network": dict(network), "quantized": "int8", "weights_only": True, "miou": miou})
+def save_weights_only(
+    model: nn.Module,
+    path: str | Path,
+    network: Mapping,
+    miou: float | None = None,
+    made: str = "segfast.deploy.save_weights_only",
+) -> Path:
+    """A safetensors file of int8 weights a channel and their scales, the rest as it is; `load_weights_only` reads it.
+
+    Of a BatchNorm that reads a convolution the scale goes into the weights', and its bias alone is left.
+
+    Args:
+        model: in evaluation mode; not changed.
+        path: of the file.
+        network: what a weights file says of its network.
+        miou, made: for the metadata.
+    """
+    smaller, norms = folded(model)
+    tensors = smaller.state_dict()
+    for name, module in layers(smaller).items():
+        scale = channel_scale(module.weight.detach(), weight_axis(module))
+        tensors[f"{name}.weight"] = (module.weight.detach() / scale).round().clamp(-128, 127).to(torch.int8)
+        tensors[f"{name}.weight.scale"] = scale
+    for norm in norms:
+        for name in ("weight", "running_mean", "running_var", "num_batches_tracked"):
+            del tensors[f"{norm}.{name}"]
+    about = export.describe(model, None, False, network, miou, made)
+    return checkpoint.save(path, tensors, {**about, "quantized": "int8", "weights_only": True})
 
 
+@torch.no_grad()
 def load_weights_only(path: str | Path) -> nn.Module:
     """The network, in evaluation mode, with float weights at int8's places.
 
@@ -540,7 +631,17 @@ def load_weights_only(path: str | Path) -> nn.Module:
     tensors, about = checkpoint.load(path)
     if not about.get("weights_only"):
         raise ValueError(f"{path} does not hold int8 weights alone: want a file that `segfast quantize --mode weights` wrote")
-    scales = {name.removesuffix(".scale"): tensors.pop(name) for name in [*tensors] if name.endswith(".weight.scale")}
     model = Network.described(about, path).build()
-    model.load_state_dict({name: x.float() * scales[name] if name in scales else x for name, x in tensors.items()})
+    try:
+        for name in [name for name in tensors if name.endswith(".weight.scale")]:
+            scale = tensors.pop(name)
+            tensors[name.removesuffix(".scale")] = tensors[name.removesuffix(".scale")].float() * scale
+        for name, module in model.named_modules():
+            if isinstance(module, nn.BatchNorm2d) and f"{name}.running_var" not in tensors:
+                only_add(module, tensors[f"{name}.bias"])
+                tensors |= module.state_dict(prefix=f"{name}.")
+        model.load_state_dict(tensors)
+    except (KeyError, RuntimeError) as error:
+        raise ValueError(f"{path} does not fit the network that it names: {error}") from error
+    checkpoint.take_preprocessing(model, about, path)
     return model.eval()

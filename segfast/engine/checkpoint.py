@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from segfast._files import write
+from segfast.models import Preprocessing
 
 
 def save(path: str | Path, tensors: Mapping[str, Tensor], about: Mapping) -> Path:
@@ -86,6 +87,19 @@ def load_state(path: str | Path) -> dict:
     if "structure" not in about:
         raise ValueError(f"{path} holds weights, want a training state")
     return unpack(about["structure"], tensors)
+
+
+def take_preprocessing(model: torch.nn.Module, about: Mapping, path: str | Path) -> None:
+    """Give a network the preprocessing that its file tells of, if it does.
+
+    Raises:
+        ValueError: naming the file: it tells what this release does not know.
+    """
+    if "preprocessing" in about:
+        try:
+            model.preprocessing = Preprocessing.of(about["preprocessing"])
+        except (TypeError, AttributeError) as error:
+            raise ValueError(f"{path} says of its preprocessing what this release does not know: {error}") from error
 
 
 def load_weights(model: torch.nn.Module, path: str | Path) -> None:

@@ -30,7 +30,7 @@ from segfast.engine.losses import LabelLoss, balanced_weights
 from segfast.engine.panels import panel
 from segfast.engine.teacher import TeacherLogits, fingerprint
 from segfast.engine.train import Average, poly, train
-from segfast.models import Output, create_model
+from segfast.models import Output, _hub, create_model
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -89,29 +89,39 @@ class Network:
 
 
 def weights_file(path: str | Path) -> Path:
-    """The weights that a run folder or a file stands for: best.safetensors, else last.safetensors."""
+    """The weights that a folder or a file stands for: of a run best.safetensors, else last.safetensors; of save_pretrained its.
+
+    Raises:
+        FileNotFoundError: none of them is in the folder.
+    """
     path = Path(path)
     if path.is_dir():
-        found = [path / name for name in ("best.safetensors", "last.safetensors") if (path / name).is_file()]
+        wanted = ("best.safetensors", "last.safetensors", _hub.WEIGHTS)
+        found = [path / name for name in wanted if (path / name).is_file()]
         if not found:
-            raise FileNotFoundError(f"want best.safetensors or last.safetensors in {path}, got neither")
+            raise FileNotFoundError(f"want {', '.join(wanted[:-1])} or {wanted[-1]} in {path}, got none")
         return found[0]
     return path
 
 
 def load_network(path: str | Path) -> tuple[nn.Module, Network]:
-    """A trained network, in evaluation mode, from a run folder or a weights file that a run wrote.
+    """A trained network, in evaluation mode, from a run folder, a weights file that a run wrote, or a folder of save_pretrained.
 
     Raises:
         FileNotFoundError, ValueError: naming the file.
     """
     path = weights_file(path)
+    config = path.with_name(_hub.CONFIG)
+    if path.name == _hub.WEIGHTS and config.is_file():
+        model = _hub.from_pretrained(path.parent)
+        return model, Network.described(json_of(config), config)
     _, about = checkpoint.load(path)
     if "network" not in about:
         raise ValueError(f"{path} does not say what network it is for: want a file that `segfast train` wrote")
     network = Network.described(about, path)
     model = network.build()
     checkpoint.load_weights(model, path)
+    checkpoint.take_preprocessing(model, about, path)
     return model.eval(), network
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from segfast import _backend
 from segfast.optimize._capture import Graph, Op
 from segfast.optimize._nodes import FRESH
-from segfast.optimize._patterns import Aten, Step
+from segfast.optimize._patterns import Aten, Concat, Convolution, Joined, Step
 
 ALIGNMENT = 64
 LEAST = 1 << 16  # bytes of a map that is worth a place
@@ -70,6 +70,14 @@ class Plan:
                 if handed_on and step.output in outside:
                     outside.add(op)
         wanted = {step.output: size(step.output) for step, how, *_ in steps if own(step, how) and step.output not in outside}
+        over: dict[Op, Op] = {}  # results that are written over another map, and the first map in that place
+        for number, (step, how, _, operands) in enumerate(steps):
+            old = written_over(step, how)
+            first = over.get(old, old)
+            if first in wanted and step.output in wanted and last[old] == number and operands.count(old) == 1:
+                over[step.output] = first
+                last[first] = last[step.output]
+                del wanted[step.output]
         placed: list[Op] = []  # by offset
         for op in sorted((op for op, n in wanted.items() if n >= LEAST), key=lambda op: (-wanted[op], born[op])):
             at = 0
@@ -83,6 +91,7 @@ class Plan:
             self.places[op] = at, wanted[op]
             placed = sorted([*placed, op], key=self.places.get)
             self.bytes = max(self.bytes, at + wanted[op])
+        self.places |= {op: self.places[first] for op, first in over.items() if first in self.places}
 
 
 def own(step: Step, how: str) -> bool:
@@ -95,6 +104,16 @@ def fresh(step: Step, how: str) -> bool:
     if own(step, how) or (how.startswith("oneDNN") and "into the map" not in how):
         return True
     return isinstance(step, Aten) and how == "ATen" and step.output.kind in FRESH
+
+
+def written_over(step: Step, how: str) -> Op | None:
+    """The operand, of the result's size, of which the kernel reads an element just before it writes that of the result."""
+    conv = step.conv if isinstance(step, Joined) else step
+    if isinstance(conv, Convolution) and conv.added and how in ("segfast::packed_conv", "segfast::packed_winograd"):
+        return step.inputs[-1]
+    if isinstance(step, Concat) and how == "segfast::concat_affine" and step.inputs[0].value == step.output.value:
+        return step.inputs[0]
+    return None
 
 
 def size(op: Op) -> int:

@@ -121,7 +121,7 @@ def few_or_pointwise(step: Convolution) -> bool:
     """packed_conv is faster than oneDNN for the first convolution, of few channels, and for 1x1 ones of enough outputs."""
     outputs, inputs = step.weight.shape[:2]
     few = inputs <= 8 and step.taps <= MAX_TAPS
-    return step.groups == 1 and (outputs >= 24 if step.pointwise else few)
+    return step.groups == 1 and (outputs >= 17 if step.pointwise else few)
 
 
 def winograd(step: Convolution) -> bool:
