@@ -97,12 +97,17 @@ def resources(kernel: JITFunction, bound: dict[str, Any], options: dict[str, Any
 
 def spill_bytes(ptx: str) -> int:
     target = re.search(r"^\.target (sm_\w+)", ptx, re.MULTILINE).group(1)
-    blackwell = int(re.search(r"\d+", target).group()) >= 100
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / ("ptxas-blackwell" if blackwell else "ptxas")
+    tools = ["ptxas", "ptxas-blackwell"]
+    if int(re.search(r"\d+", target).group()) >= 100:
+        tools.reverse()
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "kernel.ptx").write_text(ptx)
-        command = [tool, "-v", f"--gpu-name={target}", "kernel.ptx", "-o", "kernel.cubin"]
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
+        for tool in tools:  # Triton 3.9 writes PTX for sm_90a that its older ptxas does not know
+            path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / tool
+            command = [path, "-v", f"--gpu-name={target}", "kernel.ptx", "-o", "kernel.cubin"]
+            done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=tool == tools[-1])
+            if done.returncode == 0:
+                break
     return sum(int(number) for number in re.findall(r"(\d+) bytes spill (?:stores|loads)", done.stderr))
 
 

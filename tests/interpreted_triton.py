@@ -113,7 +113,7 @@ def some(op, dtype, most):
 @every_dtype
 def test_rule(op, dtype):
     before = dict(calls)
-    chosen = some(op, dtype, count(3 if dtype == torch.float32 else 1, 100))
+    chosen = some(op, dtype, count(2 if dtype == torch.float32 else 1, 100))
     if op.startswith("upsample"):  # a loss a pixel has a backward of its own
         chosen += [sample for sample in samples_of(op, dtype) if sample.kwargs.get("reduction") == "none"][:1]
     for sample in chosen:
@@ -141,7 +141,7 @@ def test_drawn(op):
         assert NAMED[descriptor["dtype"]] in DTYPES
         check_rule(op, build(op, descriptor), INPUTS.get(op))
 
-    each_drawn(count(1 if op == "ds_conv" else 4, 300), check)
+    each_drawn(count(1 if op == "ds_conv" else 2, 300), check)
 
 
 @every_op

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import EFFORT, count
+from conftest import EFFORT, count, kernel_sets
 from harness import (
     CPU,
     DTYPES,
@@ -133,7 +133,7 @@ def test_the_kernel_runs(op, dtype, kernel_set):
 def test_opcheck(op, dtype, layout):
     """Every raw op that runs while the public function goes forward and backward, with the arguments it got."""
     seen = set()
-    for sample in few(op, dtype, 3):
+    for sample in few(op, dtype, 3 if layout == "contiguous" else 1):
         calls = (
             record(getattr(ops, op), relaid(sample, layout)).calls + record(getattr(ops, op), relaid(sample, layout), [0]).calls
         )
@@ -314,6 +314,8 @@ def test_memory_is_written_before_it_is_read(op, dtype, kernel_set):
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=("float32", "bfloat16"))
 def test_bitwise_determinism(op, dtype, kernel_set):
     """Run to run and for 1 or 2 threads, forward and backward, at sizes that do run in parallel."""
+    if dtype == torch.bfloat16 and kernel_set != kernel_sets()[-1] and EFFORT == "ci":
+        pytest.skip("bfloat16 on the best kernel set alone, unless under full effort")
     for sample in [*testing.LARGE[op](dtype, CPU)] if op in testing.LARGE else samples_of(op, dtype):
         expected = None
         for threads in (1, 2):

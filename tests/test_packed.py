@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import EFFORT
 from harness import judge
 
 from segfast import _backend
@@ -305,7 +306,8 @@ def test_int8_has_the_bits_of_its_reference(kernel_set, kind, shape):
     torch.manual_seed(0)
     n, _, _, _, h, w, _, stride, padding, dilation = shape
     geometry = ((1, 1), (0, 0), (1, 1)) if kind == "pointwise" else tuple((v, v) for v in (stride, padding, dilation))
-    for x_zero, extreme in ((0, False), (255, True), (131, False)):
+    zeros = ((0, False), (255, True), (131, False))
+    for x_zero, extreme in zeros if h * w < 500 or EFFORT == "full" else zeros[1:2]:
         c, groups, convs = int8_maps(kind, shape, extreme)
         run = int8_block(0.02, x_zero, convs, stride=geometry[0], padding=geometry[1], dilation=geometry[2], groups=groups)
         x = last(torch.randint(0, 256, (n, c, h, w), dtype=torch.uint8))

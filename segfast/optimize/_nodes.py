@@ -216,10 +216,9 @@ class Builder:
         packed, geometry = self.packed_weights(parts, pack), geometry_of(spatial)
         acts = [part.act.code for part in parts]
         how = kernel.name().partition(".")[0]
-        if len(step.inputs) == 1 and step.inputs[0].shape[1] % 2 and len(parts) == 1:  # the kernel takes an image as it is
-            return how, lambda x: kernel(x, packed, *geometry, *acts, None), step.inputs
         if len(step.inputs) == 1:
-            return how, lambda x: kernel(x.contiguous(memory_format=CHANNELS_LAST), packed, *geometry, *acts, None), step.inputs
+            laid = layout_of(step.inputs[0]) if len(parts) == 1 else last_of
+            return how, lambda x: kernel(laid(x), packed, *geometry, *acts, None), step.inputs
 
         def run(x, add):
             add = add.contiguous(memory_format=CHANNELS_LAST)
@@ -262,10 +261,8 @@ class Builder:
         conv, kernel = step.conv, torch.ops.segfast.packed_conv_pool.default
         packed = self.packed_weights([conv], torch.ops.segfast.pack_conv.default)
         options = (*geometry_of(conv), conv.act.code, *windows_of(step.output))
-        if step.inputs[0].shape[1] % 2:  # the kernel takes an image as it is
-            return "segfast::packed_conv_pool", lambda x: kernel(x, packed, *options), step.inputs
-        run = lambda x: kernel(x.contiguous(memory_format=CHANNELS_LAST), packed, *options)  # noqa: E731
-        return "segfast::packed_conv_pool", run, step.inputs
+        laid = layout_of(step.inputs[0])
+        return "segfast::packed_conv_pool", lambda x: kernel(laid(x), packed, *options), step.inputs
 
     def onednn_convolution(self, step: Convolution) -> tuple[str, Run, list[Op]]:
         shape = step.inputs[0].shape
@@ -556,7 +553,16 @@ def chain(made: list[tuple[str, Run, list[Op]]], step: Step) -> tuple[str, Run, 
 
 
 def last(tensors: tuple) -> list[Tensor]:
-    return [x.contiguous(memory_format=CHANNELS_LAST) for x in tensors]
+    return [last_of(x) for x in tensors]
+
+
+def last_of(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=CHANNELS_LAST)
+
+
+def layout_of(x: Op) -> Callable[[Tensor], Tensor]:
+    """To what the kernel of a dense convolution reads: of an odd number of channels, as an image has, any layout."""
+    return (lambda t: t) if x.shape[1] % 2 else last_of
 
 
 def onednn_activation(act: Activation) -> tuple[str, list, str]:
