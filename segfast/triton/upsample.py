@@ -10,7 +10,7 @@ CONFIG = {"BLOCK": 256, "num_warps": 4}
 
 @triton.jit
 def quotient(a, b, ACC: tl.constexpr):
-    if tl.float32 == ACC:
+    if ACC.primitive_bitwidth == 32:
         return tl.div_rn(a, b)  # Triton's own division of float32 is not rounded to the nearest
     return a / b
 
