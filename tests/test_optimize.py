@@ -6,6 +6,7 @@ import copy
 import gc
 import io
 import json
+import math
 import random
 import re
 import threading
@@ -757,3 +758,183 @@ def test_random_networks(kinds, channels, size, seed, dtype):
     model = randomised(Drawn(kinds, channels))
     optimized = check(model, torch.randn(size[0], channels, *size[1:]), dtype=dtype)
     assert optimized.explain().reason == ""
+
+
+class Made(nn.Module):
+    """A network of a function of itself and its inputs, and of parts."""
+
+    def __init__(self, function, **parts):
+        super().__init__()
+        self.function = function
+        for name, part in parts.items():
+            if type(part) is torch.Tensor:
+                self.register_buffer(name, part)
+            else:
+                setattr(self, name, part)
+
+    def forward(self, *args):
+        return self.function(self, *args)
+
+
+def conv(inputs: int, outputs: int, size: int = 3, **options) -> nn.Conv2d:
+    return nn.Conv2d(inputs, outputs, size, padding=size // 2, **options)
+
+
+def same_twice(model: nn.Module, *inputs) -> None:
+    """The optimised network gives eager's results, at the first call and the second, on one thread and two."""
+    model.eval()
+    optimized = segfast.optimize(model)
+    for threads in (1, 2, 1):
+        torch.set_num_threads(threads)
+        with torch.no_grad():
+            want, got = maps(model(*inputs)), maps(optimized(*inputs))
+        for w, g in zip(want, got, strict=True):
+            torch.testing.assert_close(g, w, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda t: F.interpolate(t, size=t.shape[2:], mode="bilinear"),
+        lambda t: t.flatten(2).transpose(1, 2).transpose(1, 2).reshape(t.shape),
+        lambda t: t.permute(0, 2, 3, 1).permute(0, 3, 1, 2),
+        lambda t: t.chunk(1, 1)[0],
+        lambda t: t.expand(t.shape),
+    ],
+)
+@pytest.mark.parametrize("size", [1, 3])
+def test_a_map_that_a_view_reads_is_not_written_over(view, size):
+    torch.manual_seed(0)
+
+    def forward(self, x):
+        skip = F.relu(self.a(x))
+        return self.z(self.b(view(skip)) + skip)
+
+    same_twice(Made(forward, a=conv(3, 64), b=conv(64, 64, size), z=conv(64, 8, 1)), torch.randn(2, 3, 14, 18))
+
+
+@pytest.mark.parametrize("view", ["ravel", "mH", "adjoint", "swapdims", "moveaxis", "unfold", "reshape_as"])
+@pytest.mark.parametrize("before", [False, True])
+def test_in_place_through_any_view(view, before):
+    def viewed(a):
+        options = {"swapdims": (1, 2), "moveaxis": (1, 3), "unfold": (2, 2, 2), "reshape_as": (a,)}
+        return a.mH if view == "mH" else getattr(a, view)(*options.get(view, ()))
+
+    def forward(self, x):
+        a = self.a(x)
+        if before:
+            b = viewed(a)
+            a.relu_()
+            return b * 1.0
+        viewed(a).mul_(2.0)
+        return a * 1.0
+
+    same_twice(Made(forward, a=conv(8, 8)), torch.randn(2, 8, 12, 16))
+
+
+def test_weights_of_one_name_that_differ():
+    """Weights made from the size; one convolution's weights under two BatchNorms, or with other groups."""
+    model = Made(lambda self, x: F.conv2d(x, torch.tensor([[[[float(x.shape[-1])]]]])))
+    optimized = segfast.optimize(model.eval())
+    assert [float(optimized(torch.ones(1, 1, 3, width)).max()) for width in (4, 5, 6)] == [4, 5, 6]
+    w, g = nn.Parameter(torch.randn(8, 8, 1, 1)), nn.Parameter(torch.rand(8))
+    norm = lambda self, x, **more: F.batch_norm(F.conv2d(x, self.w), self.m, self.v, **more)  # noqa: E731
+    parts = {"w": w, "m": torch.randn(8), "v": torch.rand(8)}
+    x = torch.randn(2, 8, 12, 16)
+    same_twice(Made(lambda self, x: norm(self, x, eps=1e-5) + norm(self, x, eps=1.0), **parts), x)
+    same_twice(Made(lambda self, x: norm(self, x, weight=self.g) - norm(self, x, bias=self.g), g=g, **parts), x)
+    w = nn.Parameter(torch.randn(8, 4, 3, 3))
+    up = lambda self, x, groups: F.conv_transpose2d(x, self.w, groups=groups, padding=1)[:, :4]  # noqa: E731
+    same_twice(Made(lambda self, x: up(self, x, 1) + up(self, x, 2), w=w), x)
+
+
+def test_nothing_of_the_callers_or_the_networks_is_handed_out_or_changed():
+    x = torch.randn(2, 3, 5, 6)
+    model = Made(
+        lambda self, x: (x.clone(), torch.zeros(2), self.b.clone(), F.relu(x * 2), F.relu(x * 2).clone()), b=torch.ones(3)
+    )
+    optimized = segfast.optimize(model.eval())
+    for _ in range(2):
+        got = optimized(x)
+        want = model(x)
+        for g, w in zip(got, want):
+            assert torch.equal(g, w)
+            g.add_(5)
+        assert len({g.data_ptr() for g in (*got, x, model.b)}) == len(got) + 2
+    for dtype in (torch.float64, torch.float16, torch.int64):
+        y = (3 * torch.randn(1, 3, 4, 4)).to(dtype)
+        before = y.clone()
+        segfast.optimize(Made(lambda self, x: F.relu(torch.cat([x], 1))).eval())(y)
+        assert torch.equal(y, before)
+
+
+def test_dropout_that_is_meant_drops():
+    x = torch.ones(2, 3, 16, 16)
+    assert not segfast.optimize(Made(lambda self, x: F.dropout(x, 1.0, training=True)).eval())(x).any()
+    dropped = segfast.optimize(Made(lambda self, x: F.dropout(x, 0.5)).eval())(x) == 0
+    assert 0.3 < dropped.float().mean() < 0.7
+
+
+def test_argmax_of_infinities():
+    torch.manual_seed(0)
+    x = torch.randn(2, 5, 9, 11)
+    x[torch.rand(x.shape) < 0.3] = -float("inf")
+    x[torch.rand(x.shape) < 0.1] = float("inf")
+    x[0, 1, 4, 4] = float("nan")
+    assert torch.equal(segfast.optimize(Made(lambda self, x: x.argmax(1)).eval())(x), x.argmax(1))
+    assert torch.equal(segfast.optimize(Made(lambda self, x: (9 * x).int().argmax(1)).eval())(x), (9 * x).int().argmax(1))
+
+
+@pytest.mark.parametrize(
+    "function", [lambda self, x: x.argmax(1, keepdim=True), lambda self, x: x.max(1)[1], lambda self, x: x.topk(1, 1)[1]]
+)
+def test_class_dtype_that_is_too_small(function):
+    x = torch.zeros(1, 300, 4, 4)
+    x[:, 288, 1] = 1
+    optimized = segfast.optimize(Made(function).eval(), class_dtype=torch.uint8)
+    with pytest.raises(ValueError, match="class_dtype"):
+        optimized(x)
+    assert optimized(x[:, :200]).dtype == torch.uint8
+
+
+def test_weights_that_a_parent_loads():
+    model = randomised(nn.Sequential(conv(3, 8), nn.ReLU()))
+    optimized, x = segfast.optimize(model), torch.randn(1, 3, 9, 9)
+    optimized(x)
+    parent = nn.Sequential(optimized)
+    parent.load_state_dict({name: value + 1 for name, value in parent.state_dict().items()})
+    torch.testing.assert_close(parent(x), model(x), rtol=1e-4, atol=1e-4)
+    with pytest.raises(RuntimeError, match="nobody"):
+        optimized.load_state_dict({name: value + 1 for name, value in optimized.state_dict().items()} | {"nobody": x})
+    torch.testing.assert_close(optimized(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+def test_what_runs_as_it_is():
+    """Maps of three or five axes, networks that cannot be copied, arguments that tell nothing, empty clamps, views as bytes."""
+    x = torch.randn(2, 8, 12, 16)
+    same_twice(Made(lambda self, x: F.max_pool2d(x, 2)), x[0])
+    for y in (x[0], x[..., None]):
+        same_twice(Made(lambda self, y: F.channel_shuffle(y, 2)), y)
+    same_twice(Made(lambda self, x: self.a(x).clamp(1, -1), a=conv(8, 8)), x)
+    same_twice(Made(lambda self, x: self.a(x).contiguous().view(torch.uint8).float(), a=conv(8, 8)), x)
+    locked = Made(lambda self, x: self.a(x), a=conv(8, 8))
+    locked.lock = threading.Lock()
+    same_twice(locked, x)
+    same_twice(nn.Sequential(nn.utils.weight_norm(conv(8, 8))), x)
+    optimized = segfast.optimize(Made(lambda self, x, more: x * sum(more)).eval())
+    assert torch.equal(optimized(x, {1, 2}), 3 * x)
+    optimized = segfast.optimize(Made(lambda self, x, sign: x * math.copysign(1.0, sign)).eval())
+    assert torch.equal(optimized(x, 0.0), x)
+    assert torch.equal(optimized(x, -0.0), -x)
+    assert segfast.optimize(Made(lambda self: torch.ones(2)).eval(), ()).explain() is not None
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("inputs", "size"), [(1024, 1), (1536, 1), (2048, 1), (4096, 1), (768, 3), (1024, 3), (2048, 3)])
+def test_deep_sums_are_as_exact_as_eagers(inputs, size):
+    torch.manual_seed(0)
+    model = nn.Sequential(conv(inputs, 64, size, bias=False)).eval()
+    x = torch.rand(1, inputs, 8, 9)
+    exact = copy.deepcopy(model).double()(x.double())
+    eager = max(rms(model(y), exact) for y in (x, x.contiguous(memory_format=torch.channels_last)))
+    assert rms(segfast.optimize(model)(x), exact) <= 2 * eager

@@ -1,6 +1,6 @@
 // Max-pooling of a channels_last map, row by row. Included by max_pool.cpp and packed.cpp once per instruction set.
-#ifndef SEGFAST_MAX_POOL_TYPES
-#define SEGFAST_MAX_POOL_TYPES
+#ifndef SEGFAST_MAX_ROWS_TYPES
+#define SEGFAST_MAX_ROWS_TYPES
 namespace segfast {
 
 struct Windows {

@@ -130,10 +130,17 @@ SEGFAST_INLINE void winograd_outputs(const PackedArgs<float>& o, const WinogradT
   }
 }
 
+// Sums of as many products at a time: of thousands in one go the rounding errors would be three times eager's.
+constexpr int64_t kWinogradDepth = 512;
+
 struct WinogradSums {
   float* to;
+  bool more;  // after the first kWinogradDepth
   static constexpr int64_t cols = 32;
-  SEGFAST_INLINE void operator()(int64_t i, int64_t col, Vec<float> v) const { store(to + i * 32 + col, v); }
+  SEGFAST_INLINE void operator()(int64_t i, int64_t col, Vec<float> v) const {
+    float* at = to + i * 32 + col;
+    store(at, more ? v + load(at) : v);
+  }
   SEGFAST_INLINE void part(int64_t, int64_t, Vec<float>) const {}
 };
 
@@ -152,16 +159,19 @@ void winograd_tiles(const PackedArgs<T>& o, int64_t begin, int64_t end, T* input
       for (int64_t col0 = 0; col0 < o.kp; col0 += 32) {
         const int64_t width = o.kp - col0 < 32 ? o.kp - col0 : 32;
         for (int64_t k = 0; k < 16; ++k) {
-          const float* a = inputs + k * tiles * o.cp;
           const float* panel = o.pw + (col0 * 16 + k * width) * c;
-          const WinogradSums to{sums + k * tiles * 32};
-          const auto columns = [&](auto vectors, int64_t j) {
-            constexpr int V = decltype(vectors)::value;
-            rows_of<V, float>(tiles, c, a, o.cp, 1, panel + j, width, j, to);
-          };
-          int64_t j = 0;
-          for (; j + 2 * L <= width; j += 2 * L) columns(Int<2>{}, j);
-          for (; j < width; j += L) columns(Int<1>{}, j);
+          for (int64_t c0 = 0; c0 < c; c0 += kWinogradDepth) {
+            const int64_t depth = c - c0 < kWinogradDepth ? c - c0 : kWinogradDepth;
+            const float* a = inputs + k * tiles * o.cp + c0;
+            const WinogradSums to{sums + k * tiles * 32, c0 > 0};
+            const auto columns = [&](auto vectors, int64_t j) {
+              constexpr int V = decltype(vectors)::value;
+              rows_of<V, float>(tiles, depth, a, o.cp, 1, panel + c0 * width + j, width, j, to);
+            };
+            int64_t j = 0;
+            for (; j + 2 * L <= width; j += 2 * L) columns(Int<2>{}, j);
+            for (; j < width; j += L) columns(Int<1>{}, j);
+          }
         }
         winograd_outputs(o, tile, tiles, col0, width, sums, put);
       }

@@ -38,10 +38,8 @@ _SAME_VALUE = {
     "contiguous",
     "lift_fresh",
     "lift_fresh_copy",
-    "dropout",
-    "feature_dropout",
-    "alpha_dropout",
 }
+_DROPOUT = {"dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout"}  # in evaluation nothing
 
 
 class NotCaptured(Exception):
@@ -218,7 +216,10 @@ def free_sizes(model: nn.Module, args: tuple, kwargs: dict) -> dict:
 def key(flat: Iterable, sizes: bool = True) -> tuple:
     """What tells calls apart: shapes and dtypes of tensors, other values themselves."""
     return tuple(
-        (tuple(v.shape) if sizes else v.dim(), v.dtype, v.device) if isinstance(v, Tensor) else (type(v), v) for v in flat
+        (tuple(v.shape) if sizes else v.dim(), v.dtype, v.device)
+        if isinstance(v, Tensor)
+        else (type(v), str(v) if isinstance(v, float) else v)  # 0.0 and -0.0 are equal, and NaN not to itself
+        for v in flat
     )
 
 
@@ -276,10 +277,16 @@ def needs_functional_form(graph: fx.Graph) -> bool:
                 or out_of_place(node.target) is None
             ):
                 return True
-        if _name(node.target) in _VIEWS:
+        if _name(node.target) in _VIEWS or views(node.target):
             viewed.add(node)
             viewed.update(a for a in node.all_input_nodes)
     return False
+
+
+def views(target) -> bool:
+    """Whether a result may lie in an argument's memory."""
+    returns = target._schema.returns if isinstance(target, torch._ops.OpOverload) else ()
+    return any(r.alias_info is not None and not r.alias_info.is_write for r in returns)
 
 
 def _name(target) -> str:
@@ -292,7 +299,9 @@ def build(program, number, described) -> Graph:
     for spec in program.graph_signature.input_specs:
         if spec.kind in (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR):
             source = program.state_dict if spec.target in program.state_dict else program.constants
-            stored[spec.arg.name] = spec.target, source[spec.target]
+            # What the forward makes itself is another at each size under the same name.
+            name = "" if spec.kind == InputKind.CONSTANT_TENSOR else spec.target
+            stored[spec.arg.name] = name, source[spec.target]
     inputs, ops, tensors, names = [], [], {}, {}
     current: dict[fx.Node, Any] = {}  # what a node's uses read: an Op, or a Python value
 
@@ -343,10 +352,14 @@ def build(program, number, described) -> Graph:
                 raise NotCaptured(f"it uses {target}, which holds a graph of its own")
             if _name(target) == "as_strided":
                 raise NotCaptured("it reads memory by strides (as_strided)")
+            if _name(target) == "view" and target._overloadname == "dtype":
+                raise NotCaptured("it reads memory as another dtype (view)")
             overwritten = inplace(target)
             if overwritten:
                 target = out_of_place(target)
-            if _name(target) in _SAME_VALUE or (_name(target) in ("to", "_to_copy") and same_type(args, described(value))):
+            kept = _name(target) == "clone" and isinstance(args[0], Op) and isinstance(args[0].target, str)  # of an input
+            same = _name(target) in _SAME_VALUE or (_name(target) in ("to", "_to_copy") and same_type(args, described(value)))
+            if (same and not kept) or (_name(target) in _DROPOUT and args[2] is False):
                 current[node] = args[0]
             else:
                 op = Op(node.name, target, tuple(args), kwargs, described(value), scope(node))

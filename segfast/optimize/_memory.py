@@ -71,10 +71,16 @@ class Plan:
                     outside.add(op)
         wanted = {step.output: size(step.output) for step, how, *_ in steps if own(step, how) and step.output not in outside}
         over: dict[Op, Op] = {}  # results that are written over another map, and the first map in that place
+        within: dict[Op, set[Op]] = {}  # the maps in whose memory a result may lie
         for number, (step, how, _, operands) in enumerate(steps):
             old = written_over(step, how)
             first = over.get(old, old)
-            if first in wanted and step.output in wanted and last[old] == number and operands.count(old) == 1:
+            spans = [within.get(op, {op}) for op in operands]
+            within[step.output] = {step.output} if fresh(step, how) else {step.output}.union(*spans)
+            alone = old in operands and not any(
+                within.get(old, {old}) & span for span, op in zip(spans, operands) if op is not old
+            )
+            if alone and first in wanted and step.output in wanted and last[old] == number and operands.count(old) == 1:
                 over[step.output] = first
                 last[first] = last[step.output]
                 del wanted[step.output]

@@ -108,7 +108,7 @@ class Program:
         for op, tensor in graph.tensors.items():
             namespace[f"k{id(op)}"] = tensor
         plan = Plan(graph, self.steps)
-        namespace |= {"borrow": borrow, "give_back": give_back, "place": place_next}
+        namespace |= {"borrow": borrow, "give_back": give_back, "place": place_next, "narrowed": narrowed}
         last: dict[Op, int] = {}
         for number, (_, inputs, output) in enumerate(calls):
             last.update(dict.fromkeys([*inputs, output], number))
@@ -135,8 +135,11 @@ class Program:
                 results.append(f"r{position}")
                 continue
             result = names.get(output, f"k{id(output)}")
-            cast = builder.class_dtype is not None and output.dtype == torch.int64
-            results.append(f"{result}.to(classes)" if cast else result)
+            if builder.class_dtype is not None and output.dtype == torch.int64:
+                result = f"narrowed({result}, classes)"
+            # What is the network's own, or given twice, the caller may change.
+            again = output in graph.tensors or output in graph.outputs[:position]
+            results.append(f"{result}.clone()" if again else result)
         lines.append(f"return [{', '.join(results)}]")
         if plan.bytes:
             inside = [f"    {line}" for line in lines]
@@ -170,6 +173,19 @@ class Program:
             for number, (step, how, _, _) in enumerate(self.steps)
             for op in step.covers
         ]
+
+
+def narrowed(classes: Tensor, dtype: torch.dtype) -> Tensor:
+    """Classes as another dtype.
+
+    Raises:
+        ValueError: it does not hold them.
+    """
+    if classes.dtype == torch.int64 and dtype != torch.int64 and classes.numel():
+        low, high = (int(v) for v in classes.aminmax())
+        if low < torch.iinfo(dtype).min or high > torch.iinfo(dtype).max:
+            raise ValueError(f"optimize: want a class_dtype that holds results from {low} to {high}, got {dtype}")
+    return classes.to(dtype)
 
 
 class OptimizedModel(nn.Module):
@@ -218,10 +234,9 @@ class OptimizedModel(nn.Module):
         self.repack()
         return result
 
-    def load_state_dict(self, *args, **kwargs):
-        result = super().load_state_dict(*args, **kwargs)
-        self.repack()
-        return result
+    def _load_from_state_dict(self, *args, **kwargs):
+        super()._load_from_state_dict(*args, **kwargs)
+        self.repack()  # whoever loads, this module or one that holds it, and however it ends
 
     def train(self, mode: bool = True):
         """Evaluation mode is the only one.
@@ -288,12 +303,15 @@ class OptimizedModel(nn.Module):
 
     def _classes(self, value):
         wanted = self.class_dtype is not None and isinstance(value, Tensor) and value.dtype == torch.int64
-        return value.to(self.class_dtype) if wanted else value
+        return narrowed(value, self.class_dtype) if wanted else value
 
     def _ready(self, flat: list, structure) -> Program | str:
         """What runs these inputs: a program, or why there is none."""
         name = key(flat), structure
-        program = self._programs.get(name)
+        try:
+            program = self._programs.get(name)
+        except TypeError as error:
+            return f"calls with such arguments cannot be told apart ({error})"
         if program is not None:
             return program
         with self._lock:
@@ -313,7 +331,7 @@ class OptimizedModel(nn.Module):
             tensors = [*self.model.named_parameters(remove_duplicate=False), *self.model.named_buffers(remove_duplicate=False)]
             kinds = {t.dtype for _, t in tensors if t.is_floating_point()} or {torch.float32}
             if kinds != {self.dtype}:
-                self._twin = copy.deepcopy(self.model).to(self.dtype)
+                self._twin = copied(self.model).to(self.dtype)
             self._weights = Weights(dict(tensors), self.dtype)
         keep_pages()
         flat = [v.detach() if isinstance(v, Tensor) else v for v in self._cast(flat)]
@@ -352,7 +370,14 @@ class OptimizedModel(nn.Module):
 def shared(model: nn.Module) -> nn.Module:
     """Other modules with the same tensors: export puts fakes in their place for a while, which no other thread may see."""
     tensors = [*model.parameters(), *model.buffers()]
-    return copy.deepcopy(model, {id(t): t for t in tensors})
+    return copied(model, {id(t): t for t in tensors})
+
+
+def copied(model: nn.Module, kept: dict | None = None) -> nn.Module:
+    try:
+        return copy.deepcopy(model, kept)
+    except Exception as error:  # whatever an attribute raises that is not made for it
+        raise NotCaptured(f"it cannot be copied: {type(error).__name__}: {error}") from error
 
 
 def optimize(
@@ -401,5 +426,5 @@ def optimize(
             raise ValueError(f"optimize: want a network with its weights loaded, got {name} without data")
     optimized = OptimizedModel(model, dtype, class_dtype)
     if example is not None:
-        optimized.explain(*(example if isinstance(example, tuple) else (example,)))
+        optimized._ready(*tree_flatten(((example if isinstance(example, tuple) else (example,)), {})))
     return optimized

@@ -55,6 +55,9 @@ PREFER = {
 DS_CONV_FROM = {torch.float32: 1.5e8, torch.bfloat16: float("inf")}
 
 
+DEEPEST = 1536  # products in one float32 sum; of 2,048 the rounding errors are more than twice oneDNN's
+
+
 class Weights:
     """Folded and packed weights by what they were made of, shared by all sizes that a network is called with."""
 
@@ -101,8 +104,10 @@ class Weights:
 
 
 def named(graph: Graph, step: Convolution, *more) -> tuple | None:
+    """What tells its folded weights apart from others: the names of the tensors, and in what way they are used."""
     names = [graph.names.get(t) for t in step.tensors]
-    return None if None in names else (*names, *more)
+    norms = [(eps, *(t is None for t in tensors)) for *tensors, eps in step.norms]
+    return None if None in names else (*names, step.bias is None, *norms, step.transposed, step.groups, *more)
 
 
 def geometry_of(step: Convolution) -> tuple[list[int], list[int], list[int]]:
@@ -119,7 +124,8 @@ def windows_of(op: Op) -> tuple[list[int], ...]:
 
 def few_or_pointwise(step: Convolution) -> bool:
     """packed_conv is faster than oneDNN for the first convolution, of few channels, and for 1x1 ones of enough outputs."""
-    return step.groups == 1 and (step.weight.shape[0] >= 17 if step.pointwise else few(step))
+    outputs, inputs = step.weight.shape[:2]
+    return step.groups == 1 and (outputs >= 17 and inputs <= DEEPEST if step.pointwise else few(step))
 
 
 def few(step: Convolution) -> bool:
@@ -352,6 +358,8 @@ class Builder:
     def block(self, step: Block) -> tuple[str, Run, list[Op]]:
         self.owned.add(step.output)
         for who in PREFER[step.kind]:
+            if any(part.weight.shape[1] > DEEPEST for part in step.parts):
+                break
             if who.startswith("packed_") and self.packable(step) and has(who):
                 pack = getattr(torch.ops.segfast, who.replace("packed_", "pack_")).default
                 return self.packed(step, step.parts, pack, getattr(torch.ops.segfast, who).default)
@@ -415,7 +423,7 @@ class Builder:
         act = function(step.act)
 
         def plain(*xs):
-            x = xs[0] if maps == 1 else torch.cat(xs[:maps], 1)
+            x = torch.cat(xs[:maps], 1)  # of one too: what follows may be in place
             x = x + xs[maps] if step.added else x
             x = x if scale is None else torch.addcmul(shift, x, scale)
             return act(x) if slope is None else torch.where(x < 0, x * slope, x)
@@ -485,7 +493,13 @@ class Builder:
         if has("upsample_argmax"):  # an interpolation to the same size: ATen's search over channels takes six times as long
             kernel, size, bytes = torch.ops.segfast.upsample_argmax.default, step.inputs[0].shape[2:], dtype.itemsize
             if 0 not in step.inputs[0].shape:
-                return "segfast::upsample_argmax", lambda x: kernel(x, size, False, bytes, False)[0], step.inputs
+
+                def run(x):
+                    if not math.isfinite(x.sum().item()):  # interpolation makes NaN of infinities
+                        return x.argmax(1).to(dtype)
+                    return kernel(x, size, False, bytes, False)[0]
+
+                return "segfast::upsample_argmax", run, step.inputs
         return "ATen", lambda x: x.argmax(1).to(dtype), step.inputs
 
     def shuffle(self, step: Shuffle) -> tuple[str, Run, list[Op]]:
@@ -514,7 +528,8 @@ class Builder:
             if self.overwritable(args[0], step) and args[0].value == op.value:
                 packet = getattr(aten, f"{op.kind}_")
                 return self.call(step, getattr(packet, target._overloadname), tuple(args), "ATen, in place")
-        if op.kind == "max_pool2d" and isinstance(op.args[0], Op) and op.args[0].shape and has("max_pool") and self.native(step):
+        map = isinstance(op.args[0] if op.args else None, Op) and len(op.args[0].shape or ()) == 4
+        if op.kind == "max_pool2d" and map and has("max_pool") and self.native(step):
             windows, pool = windows_of(op), torch.ops.segfast.max_pool.default  # without the indices that PyTorch's computes
             return "segfast::max_pool", lambda x: pool(x, *windows), [op.args[0]]
         if op.kind == "matmul" and all(isinstance(a, Op) and a.shape for a in op.args):

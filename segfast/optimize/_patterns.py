@@ -314,6 +314,8 @@ def activation(op: Op | None) -> Activation | None:
         low, high = (*numbers, *((-1, 1) if op.kind == "hardtanh" else (None, None))[len(numbers) :])[:2]
         if low == 0 and high is None:
             return Activation("relu")
+        if low is not None and high is not None and low > high:  # all of it is high
+            return None
         return Activation("hardtanh", (low, high)) if all(isinstance(v, int | float) for v in (low, high)) else None
     if op.kind == "clamp_min" and numbers == (0,):
         return Activation("relu")
@@ -546,7 +548,7 @@ def head(op: Op, free: Free) -> Head | Argmax | None:
         covers.append(following)
     found = interpolation(x)
     wide = x if found is None else found[0]
-    if wide.dtype.itemsize > 4:
+    if wide.dtype.itemsize > 4 or not wide.dtype.is_floating_point:
         return None
     if found is not None and len(x.users) == 1 and x not in free.taken:
         return Head([x, *covers], [found[0]], *found[1:])
@@ -556,7 +558,7 @@ def head(op: Op, free: Free) -> Head | Argmax | None:
 def shuffle(op: Op, free: Free) -> Shuffle | None:
     """view(N, g, C / g, H, W).transpose(1, 2).view(N, C, H, W), of a concatenation if nothing else reads that."""
     if op.kind in ("channel_shuffle", "native_channel_shuffle"):
-        return Shuffle([op], [op.args[0]], op.args[1])
+        return Shuffle([op], [op.args[0]], op.args[1]) if len(op.shape or ()) == 4 else None
     covers, inputs = [], [op.args[0]]
     if op.kind == "cat":
         covers, inputs = [op], concatenated(op)
