@@ -5,7 +5,9 @@ import json
 import os
 import shutil
 import signal
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -258,6 +260,48 @@ def test_predict_video(tmp_path, run):
     result = call("predict", run, tmp_path / "clip.mp4", "--out", tmp_path / "out")
     assert result.exit_code == 2
     assert "clip.mp4" in result.output
+
+
+class Camera:
+    """OpenCV's VideoCapture of a camera that the user stops after three frames."""
+
+    CAP_PROP_FPS, CAP_PROP_FRAME_COUNT = 5, 7
+
+    def __init__(self, number):
+        assert number == 1
+        self.seen = 0
+
+    def isOpened(self):
+        return True
+
+    def read(self):
+        self.seen += 1
+        if self.seen > 3:
+            raise KeyboardInterrupt
+        return True, np.full((32, 64, 3), 60 * self.seen, np.uint8)
+
+    def get(self, what):
+        return {5: 8.0, 7: -1.0}[what]
+
+    def release(self):
+        pass
+
+
+def test_predict_camera(tmp_path, run, monkeypatch):
+    pytest.importorskip("av")
+    from segfast.engine import predict as job
+
+    monkeypatch.setitem(sys.modules, "cv2", SimpleNamespace(VideoCapture=Camera, CAP_PROP_FPS=5, CAP_PROP_FRAME_COUNT=7))
+    for more, count in (((), 3), (("--frames", 2), 2)):
+        result = call("predict", run, "camera:1", "--out", tmp_path, "--side-by-side", *more)
+        assert result.exit_code == 0, result.output
+        shown = list(job.open_video(tmp_path / "camera1_overlay.mp4")[0])
+        assert len(shown) == count
+        assert shown[0].shape == (32, 128, 3)
+    monkeypatch.setitem(sys.modules, "cv2", None)
+    result = call("predict", run, "camera:1", "--out", tmp_path)
+    assert result.exit_code == 2
+    assert "want OpenCV for camera:1" in result.output
 
 
 def fake_video(folder: Path):

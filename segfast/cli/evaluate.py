@@ -128,13 +128,16 @@ def evaluate(
 def predict(
     weights: Weights,
     source: Annotated[
-        Path | None, typer.Argument(help="An image, a folder of images, or a video (needs PyAV or OpenCV).")
+        Path | None,
+        typer.Argument(help="An image, a folder of images, a video (needs PyAV or OpenCV), or camera:0, a webcam (OpenCV)."),
     ] = None,
     file: Annotated[Path | None, typer.Option("--model", help="The network, in the place of WEIGHTS.")] = None,
     out: Annotated[Path, typer.Option(help="Folder for label maps, coloured maps, overlays and legend.png.")] = Path(
         "predictions"
     ),
     opacity: Annotated[float, typer.Option(min=0, max=1, help="Of the classes over the image.")] = 0.5,
+    beside: Annotated[bool, typer.Option("--side-by-side", help="Overlays have the image itself at their left.")] = False,
+    frames: Annotated[int | None, typer.Option(min=1, help="Of a video or a camera, at most; a camera stops at Ctrl-C.")] = None,
     scale: Scale = None,
     flip: Flip = False,
     window: Window = None,
@@ -142,7 +145,7 @@ def predict(
     device: Device = "auto",
     fast: Annotated[bool, typer.Option("--optimize/--no-optimize", help="Run the network by segfast.optimize.")] = True,
 ) -> None:
-    """Predict an image, a folder of images or a video with a trained network."""
+    """Predict an image, a folder of images, a video or a webcam with a trained network."""
     with explained("predict"):
         weights, source = (file, weights) if file and source is None else (weights, source)
         if source is None:
@@ -159,8 +162,9 @@ def predict(
         with Reporter() as reporter:
             start = time.perf_counter()
             written = predict_files(
-                timed, source, out, *names(network), opacity, lambda done, of: reporter.progress("predict", done, of, {})
-            )
+                timed, source, out, *names(network), opacity, lambda done, of: reporter.progress("predict", done, of, {}),
+                beside, frames,
+            )  # fmt: skip
             whole = time.perf_counter() - start
             reporter.say(f"wrote {len(written)} files to {out}")
             middle = statistics.median(spent)
@@ -182,6 +186,8 @@ Examples:
   segfast predict student frame.jpg --out predictions
 
   segfast predict --model student.onnx frame.jpg
+
+  segfast predict student camera:0 --side-by-side
 
 {CODES}
 """

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
@@ -18,6 +21,7 @@ from segfast.engine.assess import label_png
 from segfast.engine.panels import legend, overlay, png
 
 ENDINGS = "", "_colour", "_overlay"
+CAMERA = re.compile(r"camera:(\d+)")
 VIDEOS = (".mp4", ".avi", ".mkv", ".mov", ".webm", ".m4v")
 
 
@@ -29,17 +33,21 @@ def predict(
     palette,
     opacity: float = 0.5,
     progress: Callable[[int, int], None] = lambda *_: None,
+    beside: bool = False,
+    frames: int | None = None,
 ) -> list[Path]:
-    """Predict one image, every image of a folder, or a video.
+    """Predict one image, every image of a folder, a video, or what a camera sees.
 
     Args:
         model: images in [0, 1] (N, 3, H, W) to logits or probabilities of their size, or to the classes (N, H, W) themselves.
-        source: an image, a folder, or a video.
+        source: an image, a folder, a video, or "camera:0", the first webcam, which goes on until Ctrl-C or for `frames`.
         folder: gets, for an image, <stem>.png (the class a byte), <stem>_colour.png and <stem>_overlay.png; for a video
             <stem>_overlay.mp4; and legend.png.
         classes, palette: names and RGB triples.
         opacity: of the overlay, 0 to 1.
         progress: called with the images or frames done and their number (0: not known).
+        beside: overlays have the image itself at their left.
+        frames: of a video or a camera, at most.
 
     Returns:
         The paths written.
@@ -47,29 +55,38 @@ def predict(
     Raises:
         FileNotFoundError: no such source, or a folder without images.
         ValueError: a file that cannot be read; the message names it.
-        ImportError: a video, and neither PyAV nor OpenCV.
+        ImportError: a video, and neither PyAV nor OpenCV; a camera, and no OpenCV.
     """
-    if source.is_dir():
+    camera = CAMERA.fullmatch(str(source))
+    if camera:
+        images = []
+    elif source.is_dir():
         images = sorted(files(source))
         if not images:
             raise FileNotFoundError(f"predict: want images ({', '.join(IMAGES)}) in {source}, got none")
     elif source.is_file():
         images = [source]
     else:
-        raise FileNotFoundError(f"predict: want an image, a folder or a video, got no {source}")
+        raise FileNotFoundError(f"predict: want an image, a folder, a video or camera:0, got no {source}")
     stems = Counter(path.stem for path in images)
     names = {path: path.stem if stems[path.stem] == 1 else path.name for path in images}  # a.jpg beside a.png
     targets = {(folder / f"{name}{ending}.png").resolve() for name in ("legend", *names.values()) for ending in ENDINGS}
     lost = [path for path in images if path.resolve() in targets]
     if lost:
         raise ValueError(f"predict: want another folder for the results, in {folder} they would replace {lost[0]}")
+
+    def picture(image: Tensor, labels: Tensor) -> Tensor:
+        mixed = overlay(image, labels, palette, opacity)
+        return torch.cat([overlay(image, labels, palette, 0.0), mixed], 1) if beside else mixed
+
     written = [checkpoint.write(folder / "legend.png", legend(classes, palette))]
-    if source.suffix.lower() in VIDEOS and not source.is_dir():
-        return [*written, video(model, source, folder / f"{source.stem}_overlay.mp4", palette, opacity, progress)]
+    if camera or (source.suffix.lower() in VIDEOS and not source.is_dir()):
+        target = folder / f"{f'camera{camera[1]}' if camera else source.stem}_overlay.mp4"
+        return [*written, video(model, source, target, picture, progress, frames)]
     for done, path in enumerate(images, 1):
         image = read(read_image, path)
         labels = classify(model, image)
-        pictures = label_png(labels), png(colour(labels, palette)), png(overlay(image, labels, palette, opacity))
+        pictures = label_png(labels), png(colour(labels, palette)), png(picture(image, labels))
         for ending, content in zip(ENDINGS, pictures):
             written.append(checkpoint.write(folder / f"{names[path]}{ending}.png", content))
         progress(done, len(images))
@@ -82,19 +99,23 @@ def classify(model: Callable[[Tensor], Tensor], image: Tensor) -> Tensor:
     return (result.argmax(0) if result.dim() == 3 else result).cpu().long()  # uint8 would index a palette as a mask
 
 
-def video(model, source: Path, target: Path, palette, opacity: float, progress) -> Path:
-    frames, rate, total = open_video(source)
+def video(model, source: Path, target: Path, picture, progress, most: int | None) -> Path:
+    camera = CAMERA.fullmatch(str(source))
+    frames, rate, total = open_with_opencv(int(camera[1])) if camera else open_video(source)
+    total = min(total, most) if total and most else most or total
     temporary = target.with_name(f".{target.name}")
     writer = None
+    # Ctrl-C is how a camera is told to stop: what it has seen is kept.
+    stops = contextlib.suppress(KeyboardInterrupt) if camera else contextlib.nullcontext()
     try:
-        for done, frame in enumerate(frames, 1):
-            image = torch.from_numpy(frame).permute(2, 0, 1).float() / 255
-            picture = overlay(image, classify(model, image), palette, opacity).numpy()
-            # Encoders want even sides.
-            picture = picture[: picture.shape[0] // 2 * 2, : picture.shape[1] // 2 * 2]
-            writer = writer or VideoWriter(temporary, rate, picture.shape[:2])
-            writer.write(picture)
-            progress(done, max(total, done) if total else 0)
+        with stops, closing(frames):
+            for done, frame in enumerate(itertools.islice(frames, most), 1):
+                image = torch.from_numpy(frame).permute(2, 0, 1).float() / 255
+                shown = picture(image, classify(model, image)).numpy()
+                shown = shown[: shown.shape[0] // 2 * 2, : shown.shape[1] // 2 * 2]  # encoders want even sides
+                writer = writer or VideoWriter(temporary, rate, shown.shape[:2])
+                writer.write(shown)
+                progress(done, max(total, done) if total else 0)
         if writer is None:
             raise ValueError(f"cannot read {source}: no frame in it")
         writer.close()
@@ -130,14 +151,17 @@ def open_video(path: Path) -> tuple[Iterator[np.ndarray], float, int]:
     return frames(), float(stream.average_rate or 25), stream.frames
 
 
-def open_with_opencv(path: Path) -> tuple[Iterator[np.ndarray], float, int]:
+def open_with_opencv(path: Path | int) -> tuple[Iterator[np.ndarray], float, int]:
+    """As `open_video`; of a number, the camera's frames."""
+    camera = isinstance(path, int)
     try:
         import cv2
     except ImportError as error:
-        raise ImportError(f"predict: want PyAV or OpenCV for the video {path}: pip install 'segfast[video]'") from error
-    capture = cv2.VideoCapture(str(path))
+        what = f"OpenCV for camera:{path}: pip install opencv-python" if camera else f"PyAV or OpenCV for the video {path}"
+        raise ImportError(f"predict: want {what}{'' if camera else ': pip install ' + repr('segfast[video]')}") from error
+    capture = cv2.VideoCapture(path if camera else str(path))
     if not capture.isOpened():
-        raise ValueError(f"cannot read {path}: OpenCV opens no video there")
+        raise ValueError(f"cannot read {f'camera:{path}' if camera else path}: OpenCV opens no video there")
 
     def frames():
         try:
