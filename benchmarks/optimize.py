@@ -166,7 +166,7 @@ GFLOP/s: 185 GFLOP/s over all, 82 % of that, and what 1.2 asks for is 91 %, ever
 | 1280 -> 256 of all branches; 320 -> 1280 | 6.5; 6.8 | 207; 245 |
 | concatenations; resize; classes, 256 -> 19 | 4.7; 2.6; 3.6 | |
 
-Tried: the depthwise half inside the product's tiles (it is); Winograd's filtering (there is no dense 3x3); products in AMX (below).
+Tried: the depthwise half inside the product's tiles (it is so); Winograd's filtering (no dense 3x3); products in AMX (below).
 Left: a separable block that reads the concatenation in pieces, about 4 ms of 130, and the pooled branch as a shift, about 1.
 
 Not finite values: oneDNN's convolutions with an activation inside, which run what the packed kernels do not, give 0 for NaN.
