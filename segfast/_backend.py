@@ -91,6 +91,35 @@ def is_whole(value) -> bool:
     return isinstance(value, int | torch.SymInt | numbers.Integral) and not isinstance(value, bool)
 
 
+def check_whole(op: str, name: str, value) -> None:
+    """
+    Raises:
+        TypeError: a value that is to count something is no int.
+    """
+    if not is_whole(value):
+        raise TypeError(f"{op}: want an int for {name}, got {type(value).__name__}")
+
+
+def check_number(op: str, name: str, value) -> None:
+    """
+    Raises:
+        TypeError: a value that is to be a number is none.
+    """
+    one = isinstance(value, Tensor) and value.numel() == 1
+    if not one and not isinstance(value, numbers.Real | torch.SymFloat | torch.SymInt):
+        raise TypeError(f"{op}: want a number for {name}, got {type(value).__name__}")
+
+
+def check_tensors(op: str, **tensors) -> None:
+    """
+    Raises:
+        TypeError: one is something else.
+    """
+    for name, value in tensors.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{op}: want a tensor for {name}, got {type(value).__name__}")
+
+
 _local = threading.local()
 
 
@@ -110,7 +139,7 @@ def is_capturing() -> bool:
 
 def layout(x: Tensor) -> torch.memory_format:
     """channels_last stays channels_last; anything else, and what is both, comes out contiguous."""
-    if x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last):
+    if x.dim() == 4 and not is_transformed() and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last):
         return torch.channels_last
     return torch.contiguous_format
 

@@ -448,3 +448,49 @@ def test_columns_of_an_exported_grid_are_those_of_the_rounding(monkeypatch):
     assert want == [max(1, round(w / h * rows)) for rows, h, w in cases]
     monkeypatch.setattr(context, "free", lambda *sizes: True)
     assert [context.in_proportion(*case) for case in cases] == want
+
+
+class NormAndReLU(nn.BatchNorm2d):
+    def forward(self, x):
+        return torch.relu(super().forward(x))
+
+
+@torch.no_grad()
+def test_folding_takes_nothing_for_a_batch_norm_that_does_more():
+    x = torch.randn(1, 3, 16, 16)
+    block = sf.ConvBNAct(3, 8, norm_layer=NormAndReLU, act=None).eval()
+    got = block(x)
+    with torch.enable_grad():
+        torch.testing.assert_close(got, block(x).detach())
+    block = sf.ConvBNAct(3, 8).eval()
+    block.bn.running_mean.normal_()
+    block.bn.bias = None
+    got = block(x)
+    with torch.enable_grad():
+        torch.testing.assert_close(got, block(x).detach(), rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("block", [sf.InvertedResidual(16, 16), sf.ShuffleV1Unit(16, 32, 2, 2), sf.ShuffleV2Unit(16, 16)])
+def test_blocks_under_vmap(block):
+    x = torch.randn(2, 3, 16, 8, 8)
+    got = torch.func.vmap(block.eval())(x)
+    torch.testing.assert_close(got, torch.stack([block(y) for y in x]), rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("block", [sf.BasicBlock(8, 8), sf.ESP(16, 16), sf.BNActConv(8, 8)])
+def test_hooks_of_parts_see_what_the_part_gave(block):
+    same_as_hooked(block.eval(), torch.randn(2, 16 if type(block) is sf.ESP else 8, 9, 9))
+
+
+def same_as_hooked(model, x) -> None:
+    kept = []
+    handles = [m.register_forward_hook(lambda m, i, o: kept.append((o, o.clone()))) for m in model.modules() if m is not model]
+    with torch.no_grad():
+        hooked = model(x)
+        for handle in handles:
+            handle.remove()
+        torch.testing.assert_close(hooked, model(x), rtol=1e-4, atol=1e-4)
+    assert kept
+    assert all(torch.equal(o, copy) for o, copy in kept if isinstance(o, torch.Tensor))

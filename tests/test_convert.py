@@ -122,3 +122,43 @@ def test_timm(training):
     unconvert(model)
     assert [id(m) for m in model.modules()] == [id(m) for m in children]
     torch.testing.assert_close(model.eval()(x), plain.eval()(x), rtol=1e-8, atol=1e-8)
+
+
+class Adds(nn.Module):
+    """The seed's block by name and children, with a sum in its forward."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = run(channels, channels)
+
+    def forward(self, x):
+        return x + self.conv(x)
+
+
+def run(inputs: int, outputs: int) -> nn.Sequential:
+    depthwise = nn.Conv2d(inputs, inputs, 3, 1, 1, groups=inputs, bias=False)
+    pointwise = nn.Conv2d(inputs, outputs, 1, bias=False)
+    return nn.Sequential(depthwise, nn.BatchNorm2d(inputs), nn.ReLU(), pointwise, nn.BatchNorm2d(outputs), nn.ReLU())
+
+
+def test_a_block_that_does_more_is_not_taken_whole():
+    model, x = nn.Sequential(type("_DSConv", (Adds,), {})(4)).eval(), torch.randn(1, 4, 8, 8)
+    want = model(x)
+    assert convert(model) == ["0.conv.0"]
+    torch.testing.assert_close(model(x), want, rtol=1e-5, atol=1e-5)
+
+
+def test_unconvert_keeps_what_changed_since():
+    model = nn.Sequential(*run(4, 4), nn.Conv2d(4, 2, 1))
+    layers = list(model)
+    convert(model)
+    model[1] = nn.Conv2d(4, 7, 1)
+    model.append(nn.ReLU())
+    nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    unconvert(model)
+    assert [type(m) for m in model] == [
+        nn.Conv2d, nn.SyncBatchNorm, nn.ReLU, nn.Conv2d, nn.SyncBatchNorm, nn.ReLU, nn.Conv2d, nn.ReLU,
+    ]  # fmt: skip
+    assert model[0] is layers[0]
+    assert model[6].out_channels == 7
+    assert model[1].weight is layers[1].weight

@@ -1,5 +1,6 @@
 """A network is tested by being registered."""
 
+import copy
 import random
 
 import numpy as np
@@ -304,3 +305,23 @@ def test_predict(network):
     for wrong in (image[..., 0], image.astype(np.float32), tensor.float()):
         with pytest.raises(ValueError, match="predict: want"):
             model.predict(wrong)
+
+
+@pytest.mark.parametrize("name", segfast.list_models())
+def test_hooks_see_what_a_layer_gave(name):
+    """One layer watched at a time, drawn by the commit: what its hook kept is not overwritten later."""
+    torch.manual_seed(0)
+    model = segfast.create_model(name, 3).eval()
+    x = torch.randn(1, 3, 64, 64)
+    layers = [layer for layer in model.modules() if layer is not model]
+    draw = random.Random(seed_of_commit())
+    with torch.no_grad():
+        for layer in draw.sample(layers, min(count(3, 1000), len(layers))):
+            kept = []
+            keep = lambda layer, given, result, kept=kept: kept.append((result, copy.deepcopy(result)))  # noqa: E731
+            handle = layer.register_forward_hook(keep)
+            model(x)
+            handle.remove()
+            for result, before in kept:
+                if isinstance(result, torch.Tensor):
+                    assert torch.equal(result, before), layer

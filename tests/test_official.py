@@ -49,6 +49,29 @@ def test_nothing_is_loaded_by_half():
             segfast.load_official(other, weights)
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("encoder.classifier.conv.weight", torch.tensor(1.0)), ("conv.conv.weight", torch.zeros(20)), (5, torch.zeros(1)),
+        ("br.weight", torch.zeros(20, device="meta")), ("br.weight", torch.zeros(20).to_sparse()),
+        ("br.weight", torch.zeros(20, dtype=torch.complex64)), ("br.weight", torch.zeros(20, dtype=torch.int32)),
+    ],
+)  # fmt: skip
+def test_tensors_that_are_no_weights(key, value):
+    weights = official.seeded(json.loads((STORED / "espnet_test.json").read_text())["shapes"])
+    with pytest.raises(ValueError, match=r"load_official: (want|these are not)"):
+        segfast.load_official("espnet", {**weights, key: value})
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_what_was_loaded_is_saved_and_built_again(case, tmp_path):
+    model, _ = load(case, json.loads((STORED / f"{case.name}.json").read_text())["shapes"])
+    again = segfast.models.SegmentationModel.from_pretrained(model.save_pretrained(tmp_path))
+    for name, value in model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], value)
+    assert again.preprocessing == model.preprocessing
+
+
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_stored_logits(case):
     stored = json.loads((STORED / f"{case.name}.json").read_text())

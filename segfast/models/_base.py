@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from segfast import _backend, ops
-from segfast.nn.folding import quick
+from segfast.nn.folding import plainly, quick
 from segfast.nn.sampling import laid_out, resize
 
 
@@ -99,7 +99,10 @@ class SegmentationModel(nn.Module):
             raise ValueError(f"{self.name}: want (N, 3, H, W) with H and W at least {self.min_size}, got {shape}")
         if not images.is_floating_point():
             raise TypeError(f"{self.name}: want floating-point images (see `preprocessing`), got {images.dtype}")
-        return self.outputs(images)
+        if not quick():
+            return self.outputs(images)
+        with plainly(self):
+            return self.outputs(images)
 
     def forward(self, images: Tensor) -> Tensor:
         """(N, 3, H, W) to logits (N, num_classes, H, W), without gradients in the images' memory format."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pickle
 from collections.abc import Callable
 from pathlib import Path
 
@@ -60,6 +59,8 @@ def load_official(name: str, source: str | os.PathLike | Weights, *, num_classes
         model, keys = IMPORTERS[name](name, weights)
     except KeyError as error:
         raise ValueError(f"load_official: these are not the weights of {name!r}: {error.args[0]!r} is missing") from None
+    except (IndexError, TypeError, AttributeError, RuntimeError, ZeroDivisionError) as error:  # of tensors of unexpected shapes
+        raise ValueError(f"load_official: these are not the weights of {name!r}: {error!r}") from error
     ours = {key: value for key, value in model.state_dict().items() if not key.endswith("num_batches_tracked")}
     left = [key for key in weights if keys.get(key) not in ours]
     targets = [keys[key] for key in weights if keys.get(key) in ours]
@@ -75,18 +76,28 @@ def load_official(name: str, source: str | os.PathLike | Weights, *, num_classes
             more = f" and {len(names) - 8} more" if len(names) > 8 else ""
             raise ValueError(f"load_official: these are not the weights of {name!r}: {what}: {', '.join(names[:8])}{more}")
     found = getattr(model, "num_classes", num_classes)
+    if found is not None and found < 1:
+        raise ValueError(f"load_official: want weights of at least one class, got {found}")
     if num_classes is not None and found != num_classes:
         raise ValueError(f"load_official: want {num_classes} classes, got weights of {found}")
     model.load_state_dict({keys[key]: value for key, value in weights.items()}, strict=False)
     model.name = name
+    if not hasattr(model, "made_with"):
+        told(model)
     return model.eval()
+
+
+def told(model: nn.Module, backbone: str | None = None, **options) -> nn.Module:
+    """The model, knowing how `create_model` builds it again."""
+    model.made_with = {"backbone": backbone, "options": options}
+    return model
 
 
 def read_weights(source: str | os.PathLike | Weights) -> Weights:
     """A flat dictionary of tensors from a path or a state dict; {"state_dict": ...} and {"model": ...} are opened.
 
     Raises:
-        ValueError: the file holds more than weights, is truncated, or does not hold a dictionary of tensors.
+        ValueError: the file holds more than weights, is truncated, or does not hold a dictionary of dense float tensors.
         FileNotFoundError: no such file.
     """
     if isinstance(source, (str, os.PathLike)):
@@ -100,12 +111,8 @@ def read_weights(source: str | os.PathLike | Weights) -> Weights:
                 weights = load_file(path)
             else:
                 weights = torch.load(path, map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-            raise ValueError(f"load_official: {path} does not load as weights alone: {error}") from error
-        except Exception as error:
-            if type(error).__name__ != "SafetensorError":
-                raise
-            raise ValueError(f"load_official: {path} does not load as weights alone: {error}") from error
+        except Exception as error:  # a damaged file comes as any of a dozen
+            raise ValueError(f"load_official: {path} does not load as weights alone: {error!r}") from error
     else:
         weights = source
     for inner in ("state_dict", "model_state_dict", "model"):
@@ -113,4 +120,14 @@ def read_weights(source: str | os.PathLike | Weights) -> Weights:
             weights = weights[inner]
     if not isinstance(weights, dict) or not weights or not all(isinstance(value, Tensor) for value in weights.values()):
         raise ValueError(f"load_official: want a dictionary of tensors, got {type(weights).__name__}")
+    for key, value in weights.items():
+        counter = str(key).endswith("num_batches_tracked")
+        if (
+            not isinstance(key, str)
+            or value.layout is not torch.strided
+            or value.is_meta
+            or not (value.is_floating_point() or counter)
+        ):
+            what = "on meta" if value.is_meta else f"{value.dtype}, {value.layout}"
+            raise ValueError(f"load_official: want names and dense tensors of real numbers, got {key!r}: {what}")
     return dict(weights)

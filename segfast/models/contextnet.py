@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from segfast.models._base import Output, SegmentationModel
 from segfast.models._keys import SEPARABLE_KEYS, rename
-from segfast.models._official import Weights, register_importer
+from segfast.models._official import Weights, register_importer, told
 from segfast.models._registry import Published, register_model
 from segfast.models.fast_scnn import AuxHead, Classifier, FeatureFusion, LinearBottleneck
 from segfast.nn import ConvBNAct, DSConv, resize
@@ -106,7 +106,8 @@ PYTORCHCV_KEYS = (
 @register_importer("contextnet", "contextnet12", "contextnet18")
 def import_contextnet(name: str, weights: Weights):
     num_classes = weights["head.conv3.weight"].shape[0]
-    model = create(name, num_classes, aux="aux_head.conv2.weight" in weights)
+    options = {"aux": "aux_head.conv2.weight" in weights}
+    model = told(create(name, num_classes, **options), **options)
     return model, {key: rename(key, PYTORCHCV_KEYS) for key in weights}
 
 

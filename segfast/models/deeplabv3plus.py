@@ -66,6 +66,8 @@ class DeepLabV3Plus(SegmentationModel):
         try:
             self.backbone = create_backbone(backbone, output_stride=output_stride, **options)
         except TypeError as error:
+            if "output_stride" not in str(error):
+                raise TypeError(f"deeplabv3plus: {error}") from error
             raise ValueError(f"deeplabv3plus: want an encoder that can dilate, got {backbone!r}: {error}") from error
         strides = tuple(self.backbone.strides)
         if 4 not in strides or strides[-1] != output_stride:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from segfast.models._base import Output, Preprocessing, SegmentationModel
 from segfast.models._keys import rename
-from segfast.models._official import Weights, register_importer
+from segfast.models._official import Weights, register_importer, told
 from segfast.models._registry import Published, register_model
 from segfast.nn import ESP, ConvBNAct
 
@@ -166,7 +166,8 @@ def depths(weights: Weights, prefix: str = "") -> dict[str, int]:
 
 @register_importer("espnet_c")
 def import_espnet_c(name: str, weights: Weights):
-    model = ESPNetC(weights["classifier.conv.weight"].shape[0], **depths(weights))
+    options = depths(weights)
+    model = told(ESPNetC(weights["classifier.conv.weight"].shape[0], **options), **options)
     return model, {key: f"encoder.{rename(key, ENCODER_KEYS)}" for key in weights}
 
 
@@ -177,7 +178,8 @@ def import_espnet(name: str, weights: Weights):
     variant = next((variant for variant, channels in VARIANTS.items() if channels == taken), None)
     if variant is None:
         raise ValueError(f"load_official: these are not the weights of 'espnet': want 16 or 19 channels of stage 1, got {taken}")
-    model = ESPNet(num_classes, **depths(weights, "encoder."), variant=variant)
+    options = {**depths(weights, "encoder."), "variant": variant}
+    model = told(ESPNet(num_classes, **options), **options)
     keys = {}
     for key in weights:
         inner = key.removeprefix("encoder.")

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from segfast.models._base import Output, SegmentationModel
-from segfast.models._official import Weights, register_importer
+from segfast.models._official import Weights, register_importer, told
 from segfast.models._registry import Published, register_model
 from segfast.nn import BatchNorm2d, ConvBNAct, FastAttention, resize
 from segfast.nn.folding import activate, add, conv_bn_act
@@ -180,7 +180,8 @@ def import_fanet(name: str, weights: Weights) -> tuple[nn.Module, dict[str, str]
     """The checkpoints of the authors' training code, which hold auxiliary heads, and those of their speed test, which do not."""
     head = "clslayer_8" if "clslayer_8.conv_out.weight" in weights else "clslayer"
     classes = weights[f"{head}.conv_out.weight"].shape[0]
-    model = FANet(classes, int(name.removeprefix("fanet")), any(key.startswith("clslayer_32.") for key in weights))
+    aux = any(key.startswith("clslayer_32.") for key in weights)
+    model = told(FANet(classes, int(name.removeprefix("fanet")), aux), aux=aux)
     return model, {key: our_key(key) for key in weights}
 
 

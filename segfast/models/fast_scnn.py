@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from segfast.models._base import Output, SegmentationModel
 from segfast.models._keys import SEPARABLE_KEYS, rename
-from segfast.models._official import Weights, register_importer
+from segfast.models._official import Weights, register_importer, told
 from segfast.models._registry import Published, register_model
 from segfast.nn import ConvBNAct, DSConv, PyramidPooling, resize
 from segfast.nn.folding import add
@@ -168,7 +168,7 @@ def import_fast_scnn(name: str, weights: Weights):
     pytorchcv = any(key.startswith("stem.") for key in weights)
     classifier, aux = ("head.conv3", "aux_head.conv1.conv") if pytorchcv else ("classifier.conv.1", "auxlayer.0")
     options = {"aux": True, "aux_channels": weights[f"{aux}.weight"].shape[0]} if f"{aux}.weight" in weights else {}
-    model = FastSCNN(weights[f"{classifier}.weight"].shape[0], **options)
+    model = told(FastSCNN(weights[f"{classifier}.weight"].shape[0], **options), **options)
     return model, {key: rename(key, PYTORCHCV_KEYS if pytorchcv else TRAMAC_KEYS) for key in weights}
 
 

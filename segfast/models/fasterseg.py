@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from segfast.models._base import Output, SegmentationModel
-from segfast.models._official import Weights, register_importer
+from segfast.models._official import Weights, register_importer, told
 from segfast.models._registry import Published, register_model
 from segfast.nn import BatchNorm2d, ConvBNAct, resize
 from segfast.nn.folding import activate, conv_bn_act
@@ -244,9 +244,8 @@ def import_fasterseg(name: str, weights: Weights) -> tuple[nn.Module, dict[str, 
                     f"load_official: these are not the weights of {name!r}, whose branches share their first {shared} cells: "
                     f"{key} differs"
                 )
-    model = FasterSeg(
-        weights["heads8.conv_1x1.weight"].shape[0], architecture, any(key.startswith("heads32.") for key in weights)
-    )
+    aux = any(key.startswith("heads32.") for key in weights)
+    model = told(FasterSeg(weights["heads8.conv_1x1.weight"].shape[0], architecture, aux), aux=aux)
     return model, {key: our_key(key, shared) for key in weights}
 
 

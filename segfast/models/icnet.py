@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from segfast.models._base import Output, Preprocessing, SegmentationModel
 from segfast.models._keys import rename
-from segfast.models._official import Weights, register_importer
+from segfast.models._official import Weights, register_importer, told
 from segfast.models._registry import Published, register_model
 from segfast.nn import BatchNorm2d, ConvBNAct, resize
 from segfast.nn.folding import add, fold
@@ -173,7 +173,8 @@ CAFFE_KEYS = (
 @register_importer("icnet")
 def import_icnet(name: str, weights: Weights):
     """The blobs of the authors' merged Caffe network, as `<layer>.weight` and `<layer>.bias`."""
-    return ICNet(weights["conv6_cls.weight"].shape[0], deploy=True), {key: rename(key, CAFFE_KEYS) for key in weights}
+    model = told(ICNet(weights["conv6_cls.weight"].shape[0], deploy=True), deploy=True)
+    return model, {key: rename(key, CAFFE_KEYS) for key in weights}
 
 
 @register_model(

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from segfast.backbones import ResNet
 from segfast.models._base import Output, Preprocessing, SegmentationModel
-from segfast.models._official import Weights, register_importer
+from segfast.models._official import Weights, register_importer, told
 from segfast.models._registry import Published, register_model
 from segfast.nn import BatchNorm2d, ConvBNAct, PyramidPooling
 
@@ -103,7 +103,8 @@ KEYS = (
 @register_importer("pspnet_r18", "pspnet_r101")
 def import_pspnet(name: str, weights: Weights) -> tuple[nn.Module, dict[str, str]]:
     """Checkpoints of the authors' repository; those with the auxiliary head (`dsn.*`, all that were released) give `aux=True`."""
-    model = PSPNet(weights["head.weight"].shape[0], int(name.removeprefix("pspnet_r")), aux="dsn.0.weight" in weights)
+    aux = "dsn.0.weight" in weights
+    model = told(PSPNet(weights["head.weight"].shape[0], int(name.removeprefix("pspnet_r")), aux=aux), aux=aux)
     keys = {}
     for key in weights:
         keys[key] = key

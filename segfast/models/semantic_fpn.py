@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from segfast.backbones import create_backbone
 from segfast.models._base import Output, SegmentationModel
-from segfast.models._official import Weights, register_importer
+from segfast.models._official import Weights, register_importer, told
 from segfast.models._registry import Published, register_model
 from segfast.nn import ConvBNAct, resize
 from segfast.nn.folding import add
@@ -131,7 +131,8 @@ def import_semantic_fpn(name: str, weights: Weights) -> tuple[nn.Module, dict[st
         raise ValueError(
             f"load_official: want a PoolFormer's weights, got {width} channels and {depth} blocks in the third stage"
         )
-    model = SemanticFPN(weights["decode_head.conv_seg.weight"].shape[0], f"poolformer_{POOLFORMERS[width, depth]}")
+    backbone = f"poolformer_{POOLFORMERS[width, depth]}"
+    model = told(SemanticFPN(weights["decode_head.conv_seg.weight"].shape[0], backbone), backbone)
     return model, {key: our_key(key) for key in weights}
 
 

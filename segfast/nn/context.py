@@ -114,7 +114,7 @@ class BNActConv(nn.Sequential):
         if list(self._modules) != ["norm", "relu", "conv"]:
             return super().forward(x)
         y = self.norm(x)
-        return self.conv(self.relu(y) if y is x else activate(self.relu, y))
+        return self.conv(self.relu(y) if y is x else activate(self.relu, y, self))
 
 
 class SpatialPyramidPooling(nn.Module):

@@ -8,7 +8,7 @@ from torch import nn
 
 from segfast.nn.ds_conv import ACTIVATIONS, DSConv, fuses
 
-_ORIGINAL = "_segfast_original"  # in a changed module's __dict__: its children as they were
+_ORIGINAL = "_segfast_original"  # in a changed module's __dict__: by a block's name, the children whose place it took
 
 
 def convert(model: nn.Module) -> list[str]:
@@ -34,7 +34,7 @@ def convert(model: nn.Module) -> list[str]:
 
     def apply(parent: nn.Module, prefix: str, runs: list) -> None:
         for names, block, rest in runs:
-            parent.__dict__.setdefault(_ORIGINAL, dict(parent._modules))
+            parent.__dict__.setdefault(_ORIGINAL, {})[names[0]] = {name: parent._modules[name] for name in names}
             parent._modules[names[0]] = block
             for name in names[1:]:
                 if rest is None:
@@ -61,7 +61,7 @@ def convert(model: nn.Module) -> list[str]:
 
 
 def unconvert(model: nn.Module) -> nn.Module:
-    """Undo `convert`: the layers stand again where they stood, with what they learned since.
+    """Undo `convert`: the layers stand again where they stood, with what they learned since; other changes since then stay.
 
     Args:
         model: changed in place.
@@ -73,13 +73,28 @@ def unconvert(model: nn.Module) -> nn.Module:
         original = module.__dict__.pop(_ORIGINAL, None)
         if original is None:
             continue
-        for new in module._modules.values():
-            if isinstance(new, DSConv):
-                for before, after in new.__dict__.get("_stands_for", ()):
-                    before.training = after.training
+        now, restored = dict(module._modules), {}
+        for name, child in now.items():
+            if name in original and isinstance(child, DSConv):
+                _refresh(child, original[name])
+                restored.update(original[name])
+            elif name not in restored:
+                restored[name] = child
+            elif type(child) is not nn.Identity:  # added since, under a name that was free then
+                restored[str(len(restored))] = child
         module._modules.clear()
-        module._modules.update(original)
+        module._modules.update(restored)
     return model
+
+
+def _refresh(block: DSConv, children: dict[str, nn.Module]) -> None:
+    """Give the layers that a block stands for its mode, and put what took a layer's place in the block into the layer's place."""
+    for before, after in block.__dict__.get("_stands_for", ()):
+        before.training = after.training
+    changed = {id(old): new for old, new in zip(block.__dict__.get("_layers", ()), block.conv) if old is not new}
+    for parent in (children, *(part._modules for child in children.values() for part in child.modules())):
+        for name, child in parent.items():
+            parent[name] = changed.get(id(child), child)
 
 
 def _block(layers: list[nn.Module], around: list[nn.Module]) -> DSConv | None:
@@ -93,6 +108,7 @@ def _block(layers: list[nn.Module], around: list[nn.Module]) -> DSConv | None:
     nn.Module.__init__(block)
     block.conv = nn.Sequential(*plain)
     block.training = block.conv.training = plain[0].training
+    block.__dict__["_layers"] = plain
     block.__dict__["_stands_for"] = [
         *((a, b) for a, b in zip(layers, plain) if a is not None and a is not b),
         *((module, block) for module in around),
@@ -165,10 +181,23 @@ def _timm_runs(parent: nn.Module, uses: Counter) -> list:
     return [] if block is None else [(names, block, nn.Identity)]
 
 
+class _SeedsBlock:
+    def forward(self, x):
+        return self.conv(x)
+
+
+def _runs_conv_alone(block: nn.Module) -> bool:
+    """Whether its forward is the seed's, by its code."""
+    code, seeds = (getattr(forward, "__code__", None) for forward in (type(block).forward, _SeedsBlock.forward))
+    return code is not None and (code.co_code, code.co_names) == (seeds.co_code, seeds.co_names)
+
+
 def _seed_runs(parent: nn.Module, uses: Counter) -> list:
     runs = []
     for name, child in parent._modules.items():
-        if type(child).__name__ == "_DSConv" and list(child._modules) == ["conv"] and type(child.conv) is nn.Sequential:
+        if type(child).__name__ != "_DSConv" or not _runs_conv_alone(child):
+            continue
+        if list(child._modules) == ["conv"] and type(child.conv) is nn.Sequential:
             whole = [child, child.conv, *child.conv]
             if len(child.conv) == 6 and all(uses[id(m)] == 1 for m in whole):
                 block = _block(list(child.conv), whole[:2])

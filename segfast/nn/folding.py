@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -15,8 +19,24 @@ IN_PLACE = {
 }
 
 
+_local = threading.local()
+
+
+@contextlib.contextmanager
+def plainly(module: nn.Module) -> Iterator[None]:
+    """Within, nothing of `module` is overwritten if somebody sees what goes into one of its parts or comes out."""
+    before = getattr(_local, "plain", False)
+    _local.plain = before or (quick() and any_watched(module))
+    try:
+        yield
+    finally:
+        _local.plain = before
+
+
 def quick() -> bool:
     """Whether an intermediate result may be overwritten: no gradients, no compiler (it fuses by itself), nobody watching.
+
+    Hooks of a module are seen by `plainly` and `watched`.
 
     Nor a transform of torch.func, whose tensors do not tell their layout.
     """
@@ -24,6 +44,7 @@ def quick() -> bool:
         torch.is_grad_enabled()
         or torch.compiler.is_compiling()
         or _has_any_global_hook()
+        or getattr(_local, "plain", False)
         or torch._C._functorch.peek_interpreter_stack() is not None
     )
 
@@ -51,10 +72,10 @@ def conv_bn_act(x: Tensor, conv: nn.Module, bn: nn.Module, act: nn.Module) -> Te
     return in_place(act, F.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups))
 
 
-def activate(act: nn.Module, x: Tensor) -> Tensor:
-    """act(x), in place without gradients: x must be a result of the caller's own."""
+def activate(act: nn.Module, x: Tensor, by: nn.Module | None = None) -> Tensor:
+    """act(x), in place without gradients: x must be a result of the caller's own, made by parts of `by`, none of them watched."""
     in_place = IN_PLACE.get(type(act))
-    return act(x) if in_place is None or not quick() or watched(act) else in_place(act, x)
+    return act(x) if in_place is None or not quick() or watched(act) or any_watched(by) else in_place(act, x)
 
 
 def watched(layer: nn.Module) -> bool:
@@ -62,10 +83,16 @@ def watched(layer: nn.Module) -> bool:
     return bool(layer._forward_hooks or layer._forward_pre_hooks or "forward" in layer.__dict__)
 
 
+def any_watched(module: nn.Module | None) -> bool:
+    """Whether somebody sees what goes into a part of a module or comes out of it."""
+    return module is not None and any(watched(part) for part in module.modules())
+
+
 def foldable(conv: nn.Module, bn: nn.Module) -> bool:
     """Whether the BatchNorm is a fixed scale and shift, and the weights are precise enough to take the scale."""
     return (
         isinstance(bn, nn.BatchNorm2d)
+        and type(bn).forward is nn.BatchNorm2d.forward  # a subclass may do more
         and not bn.training
         and bn.running_var is not None
         and bn.weight is not None
@@ -79,17 +106,18 @@ def fold(conv: nn.Conv2d | nn.ConvTranspose2d, bn: nn.BatchNorm2d) -> tuple[Tens
     shift = -bn.running_mean if conv.bias is None else conv.bias - bn.running_mean
     # A transposed convolution has its outputs second, one group of them after the other; only ungrouped ones come here.
     shape = (1, -1, 1, 1) if isinstance(conv, nn.ConvTranspose2d) else (-1, 1, 1, 1)
-    return conv.weight * scale.view(shape), torch.addcmul(bn.bias, shift, scale)
+    return conv.weight * scale.view(shape), shift * scale if bn.bias is None else torch.addcmul(bn.bias, shift, scale)
 
 
-def add(x: Tensor, y: Tensor, relu: bool = False) -> Tensor:
+def add(x: Tensor, y: Tensor, relu: bool = False, by: nn.Module | None = None) -> Tensor:
     """x + y, then a ReLU if wanted. Without gradients the result lands in y, which must be a result of the caller's own.
 
     Args:
         x, y: of one shape.
         relu: whether a ReLU follows.
+        by: made y, with parts of which none is watched; None: the caller's `plainly` has asked.
     """
-    if quick() and x.dtype == y.dtype and x is not y:
+    if quick() and not any_watched(by) and x.dtype == y.dtype and x is not y:
         y = y.add_(x)
         return y.relu_() if relu else y
     y = x + y

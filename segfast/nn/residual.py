@@ -37,10 +37,10 @@ class ResidualUnit(nn.Module):
 
     def pre_activation(self, x: Tensor) -> Tensor:
         y = self.branch(x)
-        return add(x if self.downsample is None else self.downsample(x), y)
+        return add(x if self.downsample is None else self.downsample(x), y, by=self)
 
     def forward(self, x: Tensor) -> Tensor:
-        return activate(self.relu, self.pre_activation(x))
+        return activate(self.relu, self.pre_activation(x), self)
 
 
 def shortcut(in_channels: int, out_channels: int, stride: int, norm_layer: NormLayer) -> nn.Module | None:
@@ -227,9 +227,9 @@ class ESP(nn.Module):
         reduced = self.reduce(x)
         maps = [branch(reduced) for branch in self.branches]
         for i in range(2, len(maps)):
-            maps[i] = add(maps[i - 1], maps[i])
+            maps[i] = add(maps[i - 1], maps[i], by=self)
         y = torch.cat(maps, 1)
-        return self.act(self.bn(add(x, y) if self.residual else y))
+        return self.act(self.bn(add(x, y, by=self) if self.residual else y))
 
 
 class Residual(nn.Module):

@@ -52,8 +52,11 @@ def channel_shuffle(x: Tensor, groups: int) -> Tensor:
         (N, C, H, W); channels_last if x is, else contiguous.
 
     Raises:
+        TypeError: x is no tensor, or groups no int.
         ValueError: x is not 4-d, or groups does not divide C.
     """
+    _backend.check_tensors("channel_shuffle", x=x)
+    _backend.check_whole("channel_shuffle", "groups", groups)
     if x.dim() != 4 or groups < 1 or x.shape[1] % groups:
         raise ValueError(
             f"channel_shuffle: want (N, C, H, W) and groups >= 1 that divides C, got {tuple(x.shape)} and groups={groups}"

@@ -13,7 +13,7 @@ from segfast.ops.channel_shuffle import channel_shuffle_reference
 
 def concat_layout(tensors: Sequence[Tensor]) -> torch.memory_format:
     """channels_last if that is the layout of one of the tensors and fits all of them; anything else comes out contiguous."""
-    fits = all(t.is_contiguous(memory_format=torch.channels_last) for t in tensors)
+    fits = not _backend.is_transformed() and all(t.is_contiguous(memory_format=torch.channels_last) for t in tensors)
     if fits and any(not t.is_contiguous() for t in tensors):
         return torch.channels_last
     return torch.contiguous_format
@@ -83,7 +83,7 @@ def concat_shuffle(tensors: Sequence[Tensor], groups: int = 2) -> Tensor:
         (N, sum C_i, H, W); channels_last if one of the tensors is and the others fit it, else contiguous.
 
     Raises:
-        TypeError: tensors is a Tensor, or holds something else.
+        TypeError: tensors is a Tensor, or holds something else; groups is no int.
         ValueError: a tensor is not 4-d, N, H, W or devices differ, or groups does not divide the sum of the C_i.
     """
     if isinstance(tensors, Tensor) or not all(isinstance(t, Tensor) for t in tensors):
@@ -94,6 +94,7 @@ def concat_shuffle(tensors: Sequence[Tensor], groups: int = 2) -> Tensor:
         raise ValueError(f"concat_shuffle: want one or more (N, C_i, H, W) with equal N, H and W, got {shapes}")
     if any(t.device != first.device for t in tensors):
         raise ValueError(f"concat_shuffle: want tensors on one device, got {[str(t.device) for t in tensors]}")
+    _backend.check_whole("concat_shuffle", "groups", groups)
     if groups < 1 or sum(s[1] for s in shapes) % groups:
         raise ValueError(
             f"concat_shuffle: want groups >= 1 that divides the sum of the channels, got {shapes} and groups={groups}"

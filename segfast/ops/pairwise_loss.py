@@ -133,6 +133,7 @@ def pairwise_loss(
             positive and finite.
         TypeError: a tensor is not of a real float dtype.
     """
+    _backend.check_tensors("pairwise_loss", student=student, teacher=teacher)
     check_features("pairwise_loss", student, teacher)
     check_pooling("pairwise_loss", node_size, pool, grid)
     if student.shape[0] != teacher.shape[0] or (grid is None and student.shape[2:] != teacher.shape[2:]):
@@ -142,6 +143,7 @@ def pairwise_loss(
         )
     if student.device != teacher.device:
         raise ValueError(f"pairwise_loss: want student and teacher on one device, got {student.device} and {teacher.device}")
+    _backend.check_number("pairwise_loss", "eps", eps)
     if not 0 < eps < math.inf:
         raise ValueError(f"pairwise_loss: want eps > 0 and finite, got {eps}")
     if not _backend.has_kernel("pairwise_loss", student, teacher):

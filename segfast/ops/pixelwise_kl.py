@@ -138,7 +138,8 @@ def pixelwise_kl(
     Raises:
         ValueError: not rank 4, no classes, unequal shapes or devices, a target or mask of another shape, a temperature that is
             not positive and finite, an unknown reduction.
-        TypeError: logits not of a real float dtype, target or ignore_index not integer, mask not bool.
+        TypeError: logits not tensors of a real float dtype, a temperature that is no number, target or ignore_index not integer,
+            mask not bool.
     """
     check("pixelwise_kl", student, teacher, temperature, target, ignore_index, mask, reduction)
     options = {"temperature": temperature, "reduction": reduction}
@@ -158,6 +159,7 @@ def pixelwise_kl(
 
 
 def check(op: str, student, teacher, temperature, target, ignore_index, mask, reduction) -> None:
+    _backend.check_tensors(op, student=student, teacher=teacher)
     for name, x in (("student", student), ("teacher", teacher)):
         if x.dtype not in _backend.DTYPES:
             raise TypeError(f"{op}: want {name} of float32, float64, float16 or bfloat16, got {x.dtype}")
@@ -187,6 +189,7 @@ def check_ignored(op: str, ignore_index: int) -> None:
 
 
 def check_options(op: str, temperature: float, reduction: str) -> None:
+    _backend.check_number(op, "temperature", temperature)
     if not 0 < temperature < math.inf:
         raise ValueError(f"{op}: want temperature > 0 and finite, got {temperature}")
     if reduction not in REDUCTIONS:
