@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from segfast import nn as sf
 from segfast import testing
 from segfast.nn import context
+from segfast.nn.folding import foldable
 
 
 def randomise(module: nn.Module, seed: int = 0) -> nn.Module:
@@ -462,6 +463,7 @@ def test_folding_takes_nothing_for_a_batch_norm_that_does_more():
     got = block(x)
     with torch.enable_grad():
         torch.testing.assert_close(got, block(x).detach())
+    assert all(foldable(block.conv, norm(8).eval()) for norm in (nn.BatchNorm2d, sf.BatchNorm2d))
     block = sf.ConvBNAct(3, 8).eval()
     block.bn.running_mean.normal_()
     block.bn.bias = None

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from segfast.nn.channel_shuffle import ChannelShuffle
-from segfast.nn.folding import conv_bn_act
+from segfast.nn.folding import SCALES, conv_bn_act
 
 Activation = str | Callable[[int], nn.Module] | None
 
@@ -59,6 +59,9 @@ class BatchNorm2d(nn.BatchNorm2d):
         if self.training and self.running_mean is not None and x.shape[0] * x.shape[2] * x.shape[3] == 1:
             return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
         return super().forward(x)
+
+
+SCALES.add(BatchNorm2d.forward)
 
 
 class ConvBNAct(nn.Sequential):

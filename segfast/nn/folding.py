@@ -19,14 +19,16 @@ IN_PLACE = {
 }
 
 
+# What BatchNorms run that are a scale and a shift in evaluation.
+SCALES = {nn.BatchNorm2d.forward}
 _local = threading.local()
 
 
 @contextlib.contextmanager
 def plainly(module: nn.Module) -> Iterator[None]:
-    """Within, nothing of `module` is overwritten if somebody sees what goes into one of its parts or comes out."""
-    before = getattr(_local, "plain", False)
-    _local.plain = before or (quick() and any_watched(module))
+    """Within, nothing of `module` is overwritten if somebody sees what goes into one of its parts or comes out: asked once."""
+    before = getattr(_local, "plain", None)
+    _local.plain = bool(before) or any(watched(part) for part in module.modules())
     try:
         yield
     finally:
@@ -44,7 +46,7 @@ def quick() -> bool:
         torch.is_grad_enabled()
         or torch.compiler.is_compiling()
         or _has_any_global_hook()
-        or getattr(_local, "plain", False)
+        or getattr(_local, "plain", None)
         or torch._C._functorch.peek_interpreter_stack() is not None
     )
 
@@ -84,15 +86,16 @@ def watched(layer: nn.Module) -> bool:
 
 
 def any_watched(module: nn.Module | None) -> bool:
-    """Whether somebody sees what goes into a part of a module or comes out of it."""
-    return module is not None and any(watched(part) for part in module.modules())
+    """Whether somebody sees what goes into a part of a module or comes out of it; within `plainly` that is known."""
+    known = getattr(_local, "plain", None) is not None
+    return module is not None and not known and any(watched(part) for part in module.modules())
 
 
 def foldable(conv: nn.Module, bn: nn.Module) -> bool:
     """Whether the BatchNorm is a fixed scale and shift, and the weights are precise enough to take the scale."""
     return (
         isinstance(bn, nn.BatchNorm2d)
-        and type(bn).forward is nn.BatchNorm2d.forward  # a subclass may do more
+        and type(bn).forward in SCALES  # a subclass may do more
         and not bn.training
         and bn.running_var is not None
         and bn.weight is not None
