@@ -97,7 +97,7 @@ def check_whole(op: str, name: str, value) -> None:
         TypeError: a value that is to count something is no int.
     """
     if not is_whole(value):
-        raise TypeError(f"{op}: want an int for {name}, got {type(value).__name__}")
+        raise TypeError(f"{op}: want an int for {name}, got {value!r}")
 
 
 def check_number(op: str, name: str, value) -> None:

@@ -164,12 +164,8 @@ def quantize(
         show(scores, sizes, times)
         if report is not None:
             entries = {name: {"miou": scores[name], "bytes": sizes[name], "milliseconds": times[name]} for name in scores}
-            checkpoint.write(
-                report,
-                json.dumps(
-                    {**about, "mode": mode, "made": made, "table": entries, "onnx": files, "sensitivity": costs}, indent=1
-                ) + "\n",
-            )  # fmt: skip
+            told = {**about, "mode": mode, "made": made, "table": entries, "onnx": files, "sensitivity": costs}
+            checkpoint.write(report, json.dumps(told, indent=1) + "\n")
         reporter.say(f"wrote {out}: {out.stat().st_size / 1e6:.2f} MB")
 
 

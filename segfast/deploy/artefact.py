@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from segfast._packages import need
+from segfast.engine import checkpoint
 from segfast.engine.run import Network
-from segfast.models import Preprocessing
 
 SUFFIXES = (".onnx", ".pt2", ".pte")
 
@@ -31,10 +31,7 @@ class Artefact:
 
     def __init__(self, path: Path, about: dict, run):
         self.path, self.about, self.run = path, about, run
-        try:
-            self.preprocessing = Preprocessing.of(about["preprocessing"])
-        except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path} says of its preprocessing what this release does not know: {error!r}") from error
+        self.preprocessing = checkpoint.preprocessing_of(about, path)
 
     def network(self) -> Network:
         """What it says of its network; classes without names are numbers."""

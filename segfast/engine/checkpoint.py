@@ -89,17 +89,22 @@ def load_state(path: str | Path) -> dict:
     return unpack(about["structure"], tensors)
 
 
-def take_preprocessing(model: torch.nn.Module, about: Mapping, path: str | Path) -> None:
-    """Give a network the preprocessing that its file tells of, if it does.
+def preprocessing_of(about: Mapping, path: str | Path) -> Preprocessing:
+    """What a file tells of its network's preprocessing.
 
     Raises:
-        ValueError: naming the file: it tells what this release does not know.
+        ValueError: naming the file: it tells nothing, or what this release does not know.
     """
+    try:
+        return Preprocessing.of(about["preprocessing"])
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} says of its preprocessing what this release does not know: {error!r}") from error
+
+
+def take_preprocessing(model: torch.nn.Module, about: Mapping, path: str | Path) -> None:
+    """Give a network the preprocessing that its file tells of, if it does; raises as `preprocessing_of`."""
     if "preprocessing" in about:
-        try:
-            model.preprocessing = Preprocessing.of(about["preprocessing"])
-        except (TypeError, AttributeError) as error:
-            raise ValueError(f"{path} says of its preprocessing what this release does not know: {error}") from error
+        model.preprocessing = preprocessing_of(about, path)
 
 
 def load_weights(model: torch.nn.Module, path: str | Path) -> None:

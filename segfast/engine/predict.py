@@ -153,15 +153,16 @@ def open_video(path: Path) -> tuple[Iterator[np.ndarray], float, int]:
 
 def open_with_opencv(path: Path | int) -> tuple[Iterator[np.ndarray], float, int]:
     """As `open_video`; of a number, the camera's frames."""
-    camera = isinstance(path, int)
+    source, package, install = f"the video {path}", "PyAV or OpenCV", "'segfast[video]'"
+    if isinstance(path, int):
+        source, package, install = f"camera:{path}", "OpenCV", "opencv-python"
     try:
         import cv2
     except ImportError as error:
-        what = f"OpenCV for camera:{path}: pip install opencv-python" if camera else f"PyAV or OpenCV for the video {path}"
-        raise ImportError(f"predict: want {what}{'' if camera else ': pip install ' + repr('segfast[video]')}") from error
-    capture = cv2.VideoCapture(path if camera else str(path))
+        raise ImportError(f"predict: want {package} for {source}: pip install {install}") from error
+    capture = cv2.VideoCapture(path if isinstance(path, int) else str(path))
     if not capture.isOpened():
-        raise ValueError(f"cannot read {f'camera:{path}' if camera else path}: OpenCV opens no video there")
+        raise ValueError(f"cannot read {source.removeprefix('the video ')}: OpenCV opens no video there")
 
     def frames():
         try:

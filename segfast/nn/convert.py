@@ -195,9 +195,8 @@ def _runs_conv_alone(block: nn.Module) -> bool:
 def _seed_runs(parent: nn.Module, uses: Counter) -> list:
     runs = []
     for name, child in parent._modules.items():
-        if type(child).__name__ != "_DSConv" or not _runs_conv_alone(child):
-            continue
-        if list(child._modules) == ["conv"] and type(child.conv) is nn.Sequential:
+        named = type(child).__name__ == "_DSConv" and list(child._modules) == ["conv"]
+        if named and _runs_conv_alone(child) and type(child.conv) is nn.Sequential:
             whole = [child, child.conv, *child.conv]
             if len(child.conv) == 6 and all(uses[id(m)] == 1 for m in whole):
                 block = _block(list(child.conv), whole[:2])

@@ -179,13 +179,8 @@ def check(op: str, student, teacher, temperature, target, ignore_index, mask, re
     for name, x in (("teacher", teacher), ("target", target), ("mask", mask)):
         if x is not None and x.device != student.device:
             raise ValueError(f"{op}: want {name} on the student's device {student.device}, got {x.device}")
-    check_ignored(op, ignore_index)
+    _backend.check_whole(op, "ignore_index", ignore_index)
     check_options(op, temperature, reduction)
-
-
-def check_ignored(op: str, ignore_index: int) -> None:
-    if not _backend.is_whole(ignore_index):
-        raise TypeError(f"{op}: want ignore_index an int, got {ignore_index!r}")
 
 
 def check_options(op: str, temperature: float, reduction: str) -> None:

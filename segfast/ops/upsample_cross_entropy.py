@@ -6,7 +6,6 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from segfast import _backend
-from segfast.ops.pixelwise_kl import check_ignored
 from segfast.ops.upsample_argmax import check_aligned, check_logits, upsample, wide_dtype
 
 REDUCTIONS = ("none", "mean", "sum")
@@ -162,7 +161,7 @@ def upsample_cross_entropy(
             assert ends the run. (The reference raises what F.cross_entropy does.)
     """
     check("upsample_cross_entropy", logits, target, weight)
-    check_ignored("upsample_cross_entropy", ignore_index)
+    _backend.check_whole("upsample_cross_entropy", "ignore_index", ignore_index)
     check_aligned("upsample_cross_entropy", align_corners)
     check_options("upsample_cross_entropy", label_smoothing, ohem_threshold, ohem_min_kept, reduction)
     if not _backend.has_kernel("upsample_cross_entropy", logits, target):

@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from segfast import _backend
-from segfast.ops.pixelwise_kl import REDUCTIONS, check_ignored, check_options, pixelwise_kl_reference, valid_pixels
+from segfast.ops.pixelwise_kl import REDUCTIONS, check_options, pixelwise_kl_reference, valid_pixels
 from segfast.ops.upsample_argmax import check_logits, check_size, pair, upsample, wide_dtype
 from segfast.ops.upsample_cross_entropy import gradient_like, scaled
 
@@ -122,7 +122,7 @@ def upsample_pixelwise_kl(
     op = "upsample_pixelwise_kl"
     size = check_size(op, size, align_corners)
     check(op, student, teacher, size, target, mask)
-    check_ignored(op, ignore_index)
+    _backend.check_whole(op, "ignore_index", ignore_index)
     check_options(op, temperature, reduction)
     if not _backend.has_kernel(op, student, teacher) or (torch.is_grad_enabled() and teacher.requires_grad):
         return upsample_pixelwise_kl_reference(

@@ -23,13 +23,6 @@ from segfast.optimize._int8 import lower_int8
 _TORCH = str(Path(torch.__file__).parent)
 _HERE = str(Path(__file__).parent)
 
-# Operations whose result is (or may be) their first argument in other clothes.
-_VIEWS = {
-    "alias", "alpha_dropout", "broadcast_to", "chunk", "contiguous", "detach", "diagonal", "dropout", "expand", "expand_as",
-    "feature_dropout", "flatten", "getitem", "hsplit", "lift_fresh", "mT", "movedim", "narrow", "numpy_T", "permute", "reshape",
-    "select", "slice", "split", "split_with_sizes", "squeeze", "swapaxes", "t", "tensor_split", "to", "transpose", "type_as",
-    "unbind", "unflatten", "unsafe_chunk", "unsafe_split", "unsqueeze", "view", "view_as", "vsplit",
-}  # fmt: skip
 _NOTHING = {"_assert_tensor_metadata", "_assert_scalar", "_assert_async", "sym_constrain_range", "sym_constrain_range_for_size"}
 _SAME_VALUE = {
     "detach",
@@ -40,6 +33,7 @@ _SAME_VALUE = {
     "lift_fresh_copy",
 }
 _DROPOUT = {"dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout"}  # in evaluation nothing
+_VIEWS = {"getitem", "type_as", "unsafe_chunk", "unsafe_split", *_DROPOUT}  # whose schemas do not say that they may be
 
 
 class NotCaptured(Exception):
@@ -277,16 +271,16 @@ def needs_functional_form(graph: fx.Graph) -> bool:
                 or out_of_place(node.target) is None
             ):
                 return True
-        if _name(node.target) in _VIEWS or views(node.target):
+        if views(node.target):
             viewed.add(node)
             viewed.update(a for a in node.all_input_nodes)
     return False
 
 
 def views(target) -> bool:
-    """Whether a result may lie in an argument's memory."""
+    """Whether a result is, or may be, an argument in other clothes."""
     returns = target._schema.returns if isinstance(target, torch._ops.OpOverload) else ()
-    return any(r.alias_info is not None and not r.alias_info.is_write for r in returns)
+    return _name(target) in _VIEWS or any(r.alias_info is not None and not r.alias_info.is_write for r in returns)
 
 
 def _name(target) -> str:

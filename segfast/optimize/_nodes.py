@@ -125,7 +125,7 @@ def windows_of(op: Op) -> tuple[list[int], ...]:
 def few_or_pointwise(step: Convolution) -> bool:
     """packed_conv is faster than oneDNN for the first convolution, of few channels, and for 1x1 ones of enough outputs."""
     outputs, inputs = step.weight.shape[:2]
-    return step.groups == 1 and (outputs >= 17 and inputs <= DEEPEST if step.pointwise else few(step))
+    return outputs >= 17 and inputs <= DEEPEST if step.pointwise else few(step)
 
 
 def few(step: Convolution) -> bool:
@@ -357,9 +357,8 @@ class Builder:
 
     def block(self, step: Block) -> tuple[str, Run, list[Op]]:
         self.owned.add(step.output)
-        for who in PREFER[step.kind]:
-            if any(part.weight.shape[1] > DEEPEST for part in step.parts):
-                break
+        deep = any(part.weight.shape[1] > DEEPEST for part in step.parts)
+        for who in () if deep else PREFER[step.kind]:
             if who.startswith("packed_") and self.packable(step) and has(who):
                 pack = getattr(torch.ops.segfast, who.replace("packed_", "pack_")).default
                 return self.packed(step, step.parts, pack, getattr(torch.ops.segfast, who).default)
@@ -528,8 +527,8 @@ class Builder:
             if self.overwritable(args[0], step) and args[0].value == op.value:
                 packet = getattr(aten, f"{op.kind}_")
                 return self.call(step, getattr(packet, target._overloadname), tuple(args), "ATen, in place")
-        map = isinstance(op.args[0] if op.args else None, Op) and len(op.args[0].shape or ()) == 4
-        if op.kind == "max_pool2d" and map and has("max_pool") and self.native(step):
+        batch = op.args and isinstance(op.args[0], Op) and len(op.args[0].shape or ()) == 4
+        if op.kind == "max_pool2d" and batch and has("max_pool") and self.native(step):
             windows, pool = windows_of(op), torch.ops.segfast.max_pool.default  # without the indices that PyTorch's computes
             return "segfast::max_pool", lambda x: pool(x, *windows), [op.args[0]]
         if op.kind == "matmul" and all(isinstance(a, Op) and a.shape for a in op.args):
