@@ -3,7 +3,7 @@
 Both run in one process, in turns, on the CPU, in eval mode, batch 1, channels_last and contiguous, with random weights. Each
 round times both; the ratio is the median over rounds of plain / fused. A unit is refused if the two differ by more than the
 tests allow. "default" says what the unit runs on that layout by itself: the fused form where a unit's rows together win at
-least 1.1x, else plain PyTorch; DSConv always fuses. Without --write the rows are printed; with it they replace
+least 1.1x, else plain PyTorch, which is then timed against itself. Without --write the rows are printed; with it they replace
 benchmarks/units.json.
 """
 
@@ -49,6 +49,15 @@ def plain_v2(unit: sf.ShuffleV2Unit, x: Tensor) -> Tensor:
     return shuffle(torch.cat([left, unit.separable.conv(unit.expand(right))], 1), 2)
 
 
+def plain_esp(unit: sf.ESP, x: Tensor) -> Tensor:
+    reduced = unit.reduce(x)
+    maps = [branch(reduced) for branch in unit.branches]
+    for i in range(2, len(maps)):
+        maps[i] = maps[i - 1] + maps[i]
+    y = torch.cat(maps, 1)
+    return unit.act(unit.bn(x + y if unit.residual else y))
+
+
 # unit, network, module, its plain form, shape of the input
 ROWS: list[tuple[str, str, Callable[[], nn.Module], Callable, tuple[int, ...]]] = [
     ("depthwise-separable", "Fast-SCNN", lambda: sf.DSConv(48, 64, 2), lambda m, x: m.conv(x), (1, 48, 128, 256)),
@@ -64,7 +73,14 @@ ROWS: list[tuple[str, str, Callable[[], nn.Module], Callable, tuple[int, ...]]] 
     ("ShuffleNet v2 unit", "ShuffleNetV2 1.0", lambda: sf.ShuffleV2Unit(24, 116, 2), plain_v2, (1, 24, 128, 256)),
     ("ShuffleNet v2 unit", "ShuffleNetV2 1.0", lambda: sf.ShuffleV2Unit(116, 116), plain_v2, (1, 116, 64, 128)),
     ("ShuffleNet v2 unit", "ShuffleNetV2 1.0", lambda: sf.ShuffleV2Unit(232, 232), plain_v2, (1, 232, 32, 64)),
+    ("ESP", "ESPNet", lambda: sf.ESP(19, 64, 2), plain_esp, (1, 19, 256, 512)),
+    ("ESP", "ESPNet", lambda: sf.ESP(64, 64), plain_esp, (1, 64, 128, 256)),
+    ("ESP", "ESPNet", lambda: sf.ESP(131, 128, 2), plain_esp, (1, 131, 128, 256)),
+    ("ESP", "ESPNet", lambda: sf.ESP(128, 128), plain_esp, (1, 128, 64, 128)),
 ]
+
+
+CHANNELS_LAST = ("ShuffleNet v1 unit", "ESP")  # fuse on channels_last maps alone
 
 
 def randomise(module: nn.Module) -> nn.Module:
@@ -77,13 +93,6 @@ def randomise(module: nn.Module) -> nn.Module:
     return module.eval()
 
 
-def fuse_anyway(module: nn.Module) -> nn.Module:
-    for layer in module.modules():
-        if type(layer) is sf.SeparableConv:
-            layer.__class__ = sf.DSConv  # also where SeparableConv would not: the rows say why
-    return module
-
-
 def once(call: Callable[[], Tensor]) -> float:
     start = time.perf_counter()
     call()
@@ -91,14 +100,12 @@ def once(call: Callable[[], Tensor]) -> float:
 
 
 def default(unit: str, memory_format: torch.memory_format) -> str:
-    if memory_format == torch.channels_last or unit == "depthwise-separable":
-        return "fused"
-    return "concat_shuffle alone" if unit == "ShuffleNet v2 unit" else "eager"
+    return "fused" if memory_format == torch.channels_last or unit not in CHANNELS_LAST else "eager"
 
 
 @torch.inference_mode()
 def row(unit: str, network: str, build, plain, shape: tuple[int, ...], memory_format: torch.memory_format) -> dict:
-    module = fuse_anyway(randomise(build())).to(memory_format=memory_format)
+    module = randomise(build()).to(memory_format=memory_format)
     x = torch.randn(shape).contiguous(memory_format=memory_format)
     fused, eager = (lambda: module(x)), (lambda: plain(module, x))
     ours, theirs = fused(), eager()

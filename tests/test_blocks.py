@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from segfast import _backend, testing
 from segfast import nn as sf
-from segfast import testing
 from segfast.nn import context
-from segfast.nn.folding import foldable
+from segfast.nn.folding import JOINS, foldable
 
 
 def randomise(module: nn.Module, seed: int = 0) -> nn.Module:
@@ -364,20 +364,35 @@ def test_fused_units(build, channels, plain, memory_format):
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-3, atol=1e-4 * max(1.0, b.grad.abs().max().item()), msg=name)
 
 
-def test_separable_conv_fuses_on_channels_last():
-    unit = randomise(sf.SeparableConv(4, 6)).eval()
-    x = torch.randn(1, 4, 9, 9)
-    calls = []
-    unit.conv.forward = lambda x: calls.append(x.shape) or nn.Sequential.forward(unit.conv, x)
-    unit(x)
-    assert len(calls) == 1
-    del unit.conv.forward
-    hook = unit.conv[0].register_forward_hook(lambda *args: calls.append(None))  # who watches a layer gets to see it
-    unit(x.contiguous(memory_format=torch.channels_last))
-    assert len(calls) == 2
-    hook.remove()
+def plain_esp(unit, x):
+    maps = [branch(unit.reduce(x)) for branch in unit.branches]
+    for i in range(2, len(maps)):
+        maps[i] = maps[i - 1] + maps[i]
+    y = torch.cat(maps, 1)
+    return unit.act(unit.bn(x + y if unit.residual else y))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("act", ["prelu", "relu", None, "leaky_relu"])
+@pytest.mark.parametrize(("shape", "options"), [((11, 24), {"stride": 2}), ((24, 24), {}), ((7, 8), {}), ((9, 9), {"rates": 1})])
+def test_esp_joins_in_one_pass(shape, options, act, dtype):
+    unit = randomise(sf.ESP(*shape, act=act, **options)).eval().to(dtype)
+    x = torch.randn(2, shape[0], 9, 13, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    kernels = JOINS and dtype != torch.float64 and act != "leaky_relu"  # which the kernel does not know
+    calls = lambda: _backend._C.kernel_calls()["concat_affine"] if JOINS else 0  # noqa: E731
     with torch.no_grad():
-        torch.testing.assert_close(unit(x.contiguous(memory_format=torch.channels_last)), unit(x), rtol=1e-4, atol=1e-5)
+        before = calls()
+        judged(unit, plain_esp, x)
+        assert (calls() > before) == kernels
+        before = calls()
+        seen = []
+        hook = unit.bn.register_forward_hook(lambda module, args, y: seen.append((args[0].clone(), y.clone())))
+        unit(x)
+        hook.remove()
+        assert calls() == before
+        assert len(seen) == 1  # who watches a layer gets to see it
+    assert unit(x).grad_fn is not None
+    assert calls() == before
 
 
 def test_shuffle_unit_errors():

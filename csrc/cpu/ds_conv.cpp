@@ -685,7 +685,7 @@ Tensor ds_conv_cpu(const Tensor& input, const Tensor& dw_weight, Optional dw_bia
       });
     });
   }
-  return channels_last ? y : torch::stable::contiguous(y);
+  return contiguous_as(y, channels_last);
 }
 
 // The chunks' moments combined in order: mean and biased variance.
@@ -773,7 +773,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ds_conv_train
     o.scale2 = second.scale.p, o.shift2 = second.shift.p;
     parallel_for(0, pixels, 256, [&](int64_t begin, int64_t end) { DS_CONV_CALL(train_output<T, A>)(o, begin, end); });
   });
-  return {channels_last ? y : torch::stable::contiguous(y),
+  return {contiguous_as(y, channels_last),
           u,
           z,
           vector_tensor(mean1, x, statistics),
@@ -893,7 +893,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
     dw_g[0] = norm1.bias, dw_g[1] = norm1.gamma, dw_g[2] = norm1.beta;
     pw_g[0] = norm2.bias, pw_g[1] = norm2.gamma, pw_g[2] = norm2.beta;
   });
-  return {channels_last || !need_input ? grad_x : torch::stable::contiguous(grad_x),
+  return {need_input ? contiguous_as(grad_x, channels_last) : grad_x,
           grad_dw,
           vector_tensor(dw_g[0], x, dtype),
           vector_tensor(dw_g[1], x, statistics),

@@ -11,6 +11,7 @@ from segfast.models._keys import rename
 from segfast.models._official import Weights, register_importer, told
 from segfast.models._registry import Published, register_model
 from segfast.nn import ESP, ConvBNAct
+from segfast.nn.folding import joined
 
 EPS = 1e-3  # of every BatchNorm
 MEAN_BGR, STD_BGR = (72.3923111, 82.90893555, 73.15840149), (45.3192215, 46.15289307, 44.91483307)  # of Cityscapes, 0 to 255
@@ -22,6 +23,11 @@ class BNPReLU(nn.Sequential):
         super().__init__()
         self.bn = norm(channels)
         self.act = nn.PReLU(channels)
+
+    def after(self, *maps: Tensor) -> Tensor:
+        """Of the maps' concatenation."""
+        y = joined(maps, self.bn, self.act, by=self)
+        return self(torch.cat(maps, 1)) if y is None else y
 
 
 def norm(channels: int) -> nn.BatchNorm2d:
@@ -46,11 +52,11 @@ class Encoder(nn.Module):
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         half = F.avg_pool2d(images, 3, 2, 1)
         stem = self.stem(images)
-        stage1 = self.norm1(torch.cat((stem, half), 1))
+        stage1 = self.norm1.after(stem, half)
         x = self.down2(stage1)
-        stage2 = self.norm2(torch.cat((self.stage2(x), x, F.avg_pool2d(half, 3, 2, 1)), 1))
+        stage2 = self.norm2.after(self.stage2(x), x, F.avg_pool2d(half, 3, 2, 1))
         x = self.down3(stage2)
-        stage3 = self.norm3(torch.cat((x, self.stage3(x)), 1))
+        stage3 = self.norm3.after(x, self.stage3(x))
         return stem, stage1, stage2, stage3
 
 
@@ -117,7 +123,7 @@ class ESPNet(_ESPNet):
     def outputs(self, images: Tensor) -> Output:
         stem, stage1, stage2, stage3 = self.encoder(images)
         x = crop(self.up3(self.logits_bn(self.encoder.classifier(stage3))), stage2)
-        x = self.combine(self.combine_norm(torch.cat((self.project(stage2), x), 1)))
+        x = self.combine(self.combine_norm.after(self.project(stage2), x))
         x = crop(self.up2_norm(self.up2(x)), stage1)
         fused = self.fuse(torch.cat((x, stage1 if self.variant == "train" else stem), 1))
         logits = crop(self.classifier(fused), images)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
+
+import segfast.ops._packed  # noqa: F401  defines concat_affine
+from segfast import _backend
 
 IN_PLACE = {
     nn.Identity: lambda act, x: x,
@@ -19,6 +22,7 @@ IN_PLACE = {
 }
 
 
+JOINS = _backend.has_compiled("concat_affine", "CPU")
 # What BatchNorms run that are a scale and a shift in evaluation.
 SCALES = {nn.BatchNorm2d.forward}
 _local = threading.local()
@@ -93,13 +97,17 @@ def any_watched(module: nn.Module | None) -> bool:
 
 def foldable(conv: nn.Module, bn: nn.Module) -> bool:
     """Whether the BatchNorm is a fixed scale and shift, and the weights are precise enough to take the scale."""
+    return is_scale(bn) and conv.weight.dtype in (torch.float32, torch.float64)
+
+
+def is_scale(bn: nn.Module) -> bool:
+    """Whether the BatchNorm is a fixed scale and shift."""
     return (
         isinstance(bn, nn.BatchNorm2d)
         and type(bn).forward in SCALES  # a subclass may do more
         and not bn.training
         and bn.running_var is not None
         and bn.weight is not None
-        and conv.weight.dtype in (torch.float32, torch.float64)
     )
 
 
@@ -110,6 +118,39 @@ def fold(conv: nn.Conv2d | nn.ConvTranspose2d, bn: nn.BatchNorm2d) -> tuple[Tens
     # A transposed convolution has its outputs second, one group of them after the other; only ungrouped ones come here.
     shape = (1, -1, 1, 1) if isinstance(conv, nn.ConvTranspose2d) else (-1, 1, 1, 1)
     return conv.weight * scale.view(shape), shift * scale if bn.bias is None else torch.addcmul(bn.bias, shift, scale)
+
+
+def joined(
+    maps: Sequence[Tensor], bn: nn.Module, act: nn.Module, more: Tensor | None = None, by: nn.Module | None = None
+) -> Tensor | None:
+    """act(bn(cat(maps) + more)) in one pass without gradients, on channels_last maps on the CPU; None where that cannot be.
+
+    Args:
+        maps: (N, C_i, H, W).
+        bn: a BatchNorm over sum C_i channels.
+        act: an `nn.PReLU`, an `nn.ReLU` or an `nn.Identity`.
+        more: (N, sum C_i, H, W).
+        by: whose parts bn and act are, none of them watched; see `any_watched`.
+    """
+    tensors = (*maps, *(() if more is None else (more,)))
+    first = maps[0]
+    if not (
+        JOINS
+        and quick()
+        and type(act) in (nn.PReLU, nn.ReLU, nn.Identity)
+        and is_scale(bn)
+        and first.dtype in (torch.float32, torch.bfloat16)
+        and all(type(t) is Tensor and t.is_cpu and t.dtype == first.dtype for t in tensors)
+        and any(_backend.layout(t) == torch.channels_last for t in tensors)
+        and not any_watched(by)
+    ):
+        return None
+    scale = bn.weight.float() * torch.rsqrt(bn.running_var.float() + bn.eps)
+    shift = -bn.running_mean.float() * scale
+    if bn.bias is not None:
+        shift = shift + bn.bias
+    slope = act.weight.float().expand(len(scale)).contiguous() if type(act) is nn.PReLU else None
+    return torch.ops.segfast.concat_affine(maps, more, scale, shift, slope, type(act) is nn.ReLU)
 
 
 def add(x: Tensor, y: Tensor, relu: bool = False, by: nn.Module | None = None) -> Tensor:

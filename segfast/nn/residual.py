@@ -7,10 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from segfast import _backend
 from segfast.nn.convolution import Activation, ConvBNAct, activation
 from segfast.nn.ds_conv import DSConv
-from segfast.nn.folding import activate, add, conv_bn_act
+from segfast.nn.folding import activate, add, conv_bn_act, joined
 
 NormLayer = Callable[[int], nn.Module]
 NOTHING = nn.Identity()
@@ -126,22 +125,10 @@ class Bottleneck(ResidualUnit):
         return conv_bn_act(x, self.conv3, self.bn3, NOTHING)
 
 
-class SeparableConv(DSConv):
-    """DSConv that fuses where that wins: on channels_last maps. On others its layers run one after the other.
-
-    The fused operation is native to channels_last and would copy another map there and back, which costs more than it saves
-    at batch 1 (benchmarks/units.json).
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) if _backend.layout(x) == torch.channels_last else self.conv(x)
-
-
 class InvertedResidual(nn.Module):
     """1 x 1 to more channels, depthwise, linear 1 x 1 to fewer; summed with the input where shapes allow.
 
-    (MobileNetV2, Sandler et al., arXiv:1801.04381, fig. 4d.) The depthwise and the last convolution are one SeparableConv, which
-    fuses on channels_last maps.
+    (MobileNetV2, Sandler et al., arXiv:1801.04381, fig. 4d.) The depthwise and the last convolution are one DSConv.
     Children: `expand` (missing at expansion 1) and `separable`.
 
     Args:
@@ -170,7 +157,7 @@ class InvertedResidual(nn.Module):
         if middle != in_channels:
             self.expand = ConvBNAct(in_channels, middle, 1, act=act)
         options = {"kernel_size": kernel_size, "dilation": dilation, "dw_act": act, "act": None}
-        self.separable = SeparableConv(middle, out_channels, stride, **options)
+        self.separable = DSConv(middle, out_channels, stride, **options)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.separable(self.expand(x) if hasattr(self, "expand") else x)
@@ -228,6 +215,10 @@ class ESP(nn.Module):
         maps = [branch(reduced) for branch in self.branches]
         for i in range(2, len(maps)):
             maps[i] = add(maps[i - 1], maps[i], by=self)
+        more = x if self.residual else None
+        y = joined(maps, self.bn, self.act, more, by=self)
+        if y is not None:
+            return y
         y = torch.cat(maps, 1)
         return self.act(self.bn(add(x, y, by=self) if self.residual else y))
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from segfast import _backend, ops
 from segfast.nn.convolution import ConvBNAct
-from segfast.nn.residual import SeparableConv
+from segfast.nn.ds_conv import DSConv
 from segfast.ops.channel_shuffle import channel_shuffle_reference
 
 
@@ -52,8 +52,8 @@ class ShuffleV1Unit(nn.Module):
 class ShuffleV2Unit(nn.Module):
     """Half of the channels pass by, the other half go 1 x 1, depthwise 3 x 3, 1 x 1; then both are shuffled together.
 
-    At stride 2 all channels go both ways. The depthwise and the last 1 x 1 convolution are one SeparableConv, which fuses
-    on channels_last maps; concatenation and shuffle are one copy. (ShuffleNet v2, Ma et al., arXiv:1807.11164, fig. 3c and d.)
+    At stride 2 all channels go both ways. The depthwise and the last 1 x 1 convolution are one DSConv, concatenation and
+    shuffle one copy. (ShuffleNet v2, Ma et al., arXiv:1807.11164, fig. 3c and d.)
 
     Args:
         in_channels: of the input; at stride 1 those of the output too, even.
@@ -71,9 +71,9 @@ class ShuffleV2Unit(nn.Module):
         half = out_channels // 2
         self.stride = stride
         if stride == 2:
-            self.shortcut = SeparableConv(in_channels, half, 2, dw_act=None)
+            self.shortcut = DSConv(in_channels, half, 2, dw_act=None)
         self.expand = ConvBNAct(in_channels if stride == 2 else half, half, 1)
-        self.separable = SeparableConv(half, half, stride, dw_act=None)
+        self.separable = DSConv(half, half, stride, dw_act=None)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.stride == 2:
