@@ -395,6 +395,31 @@ def test_esp_joins_in_one_pass(shape, options, act, dtype):
     assert calls() == before
 
 
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: sf.ESP(8, 8, rates=0), "ESP: want rates >= 1, got 0"),
+        (lambda: sf.ESP(0, 8), "ESP: want in_channels >= 1, got 0"),
+        (lambda: sf.PyramidPooling(3), "PyramidPooling: want branch_channels >= 1, got 0"),
+        (lambda: sf.PyramidPooling(8, grids=(1, (2, 0))), "PyramidPooling: want columns of a grid >= 1, got 0"),
+        (lambda: context.SpatialPyramidPooling(8, grids=()), "SpatialPyramidPooling: want number of grids >= 1, got 0"),
+        (lambda: context.SpatialPyramidPooling(8, 2), "SpatialPyramidPooling: want level_channels >= 1, got 0"),
+        (lambda: sf.BNActConv(4, 4, 2), "BNActConv: want an odd kernel_size, got 2"),
+        (lambda: sf.ShuffledConv(4, 4, 2), "ShuffledConv: want an odd kernel_size, got 2"),
+        (lambda: sf.AsymmetricConv(4, 4, 4), "AsymmetricConv: want an odd kernel_size, got 4"),
+        (lambda: sf.InvertedResidual(4, 4, kernel_size=2), "InvertedResidual: want an odd kernel_size, got 2"),
+        (lambda: sf.InvertedResidual(4, 4, expansion=0.1), r"InvertedResidual: want in_channels \* expansion >= 1, got 0"),
+        (lambda: sf.ZoomedConv(4, 4, repeats=0), "ZoomedConv: want repeats >= 1, got 0"),
+        (lambda: sf.ZoomedConv(4, 4, 3), "ZoomedConv: want stride 1 or 2, got 3"),
+        (lambda: sf.FastAttention(4, 0), "FastAttention: want key_channels >= 1, got 0"),
+        (lambda: sf.cost.convolution(6, 8, 9, groups=4), "convolution: want groups that divide the channels, got 6, 8, groups=4"),
+    ],
+)
+def test_arguments_of_blocks(build, message):
+    with pytest.raises(ValueError, match=message):
+        build()
+
+
 def test_shuffle_unit_errors():
     with pytest.raises(ValueError, match="ShuffleV1Unit: want stride 2"):
         sf.ShuffleV1Unit(12, 24, 3)

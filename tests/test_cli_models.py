@@ -42,6 +42,7 @@ def test_models_as_data():
         assert row["macs"] > 0
         assert set(row["published"]) == {"parameters", "macs", "miou", "speed", "source"}
     markdown = call("models", "fast_scnn", "--markdown").output
+    assert call("models", "--json", "--markdown").exit_code == 2
     assert "| `fast_scnn` | 1,138,051 | 6.71 G at 1024x2048 | 1.11 M |" in markdown
     assert "arXiv:1902.04502" in markdown
 
@@ -105,6 +106,9 @@ def test_bench(tmp_path):
         (("--size", "8x0"), "want a size such as 512x1024"),
         (("--way", "warp"), "want ways of running among eager, channels_last"),
         (("--size", "1x1"), r"want (N, 3, H, W)"),
+        (("--threads", "100000"), "threads on"),
+        (("--dtype", "bfloat16", "--logits", "--way", "eager"), "--dtype, --logits: only with --peers"),
+        (("--peer", "eager", "--json", "x.json"), "--json: not with --peers"),
     ],
 )
 def test_bench_bad_arguments(arguments, message):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from segfast._weights import misfit
 from segfast.nn.folding import conv_bn_act
 from segfast.nn.residual import BasicBlock, Bottleneck, NormLayer, conv
 
@@ -128,6 +129,9 @@ class ResNet(nn.Module):
         """Load a `state_dict` of torchvision or timm, whose classifier is left out.
 
         Raises:
-            RuntimeError: it is of another network.
+            RuntimeError: it is of another network; nothing is changed then.
         """
-        self.load_state_dict({key: value for key, value in state.items() if not key.startswith("fc.")})
+        tensors = {key: value for key, value in state.items() if not key.startswith("fc.")}
+        if wrong := misfit(self, tensors):
+            raise RuntimeError(f"ResNet: these are not its weights: {wrong}")
+        self.load_state_dict(tensors)

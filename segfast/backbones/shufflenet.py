@@ -6,6 +6,7 @@ import re
 
 from torch import Tensor, nn
 
+from segfast._weights import misfit
 from segfast.nn.convolution import ConvBNAct
 from segfast.nn.shuffle_units import ShuffleV1Unit, ShuffleV2Unit
 
@@ -77,7 +78,7 @@ class ShuffleNetV1(_ShuffleNet):
         """Load a `state_dict` of pytorchcv's `shufflenet_g*`; its classifier is left out where there is none here.
 
         Raises:
-            RuntimeError: it is of another network.
+            RuntimeError: it is of another network; nothing is changed then.
         """
         rules = (
             (r"^features\.init_block\.", "stem."),
@@ -125,7 +126,7 @@ class ShuffleNetV2(_ShuffleNet):
         """Load a `state_dict` of torchvision's `shufflenet_v2_*`; its classifier is left out where there is none here.
 
         Raises:
-            RuntimeError: it is of another network.
+            RuntimeError: it is of another network; nothing is changed then.
         """
         names = {"0": "conv", "1": "bn"}
         right = {"0": "expand.conv", "1": "expand.bn", **{str(3 + i): f"separable.conv.{j}" for i, j in enumerate((0, 1, 3, 4))}}
@@ -148,4 +149,6 @@ def _load(module: nn.Module, state: dict[str, Tensor], rules, drop) -> None:
             key = re.sub(pattern, to, key)
         if drop is None or not key.startswith(drop):
             renamed[key] = value
+    if wrong := misfit(module, renamed):
+        raise RuntimeError(f"{type(module).__name__}: these are not its weights: {wrong}")
     module.load_state_dict(renamed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import asdict
 from enum import Enum
 from pathlib import Path
@@ -40,7 +41,11 @@ class Dtype(str, Enum):
     bfloat16 = "bfloat16"
 
 
+WITH_PEERS, WITHOUT_PEERS = ("dtype", "logits", "out"), ("way", "runs", "file", "as_json")
+
+
 def bench(
+    context: typer.Context,
     model: Annotated[str, typer.Option(help="A network, a pattern, or all.")] = "all",
     size: Annotated[str, typer.Option(help="Height x width of the image.")] = "512x1024",
     way: Annotated[list[str] | None, typer.Option(help=f"Of {', '.join(job.WAYS)}; may be repeated. Default: all.")] = None,
@@ -65,9 +70,17 @@ def bench(
     try:
         shape = job.read_size(size)
         names = [row["name"] for row in networks("*" if model == "all" else model)]
+        racing = peers or bool(peer)
+        given = {name for name in context.params if context.get_parameter_source(name).name != "DEFAULT"}
+        if ignored := sorted(given & set(WITHOUT_PEERS if racing else WITH_PEERS)):
+            names = ", ".join({"as_json": "--print-json", "file": "--json"}.get(name, f"--{name}") for name in ignored)
+            raise ValueError(f"{names}: {'not with' if racing else 'only with'} --peers")
         if threads:
+            most = 4 * (os.cpu_count() or 1)
+            if threads > most:
+                raise ValueError(f"want at most {most} threads on {os.cpu_count()} processors, got {threads}")
             torch.set_num_threads(threads)
-        if peers or peer:
+        if racing:
             run_races(console, names, shape, tuple(peer or races.PEERS), dtype, "logits" if logits else "classes", seconds, out)
             return
         watch(console, names, shape, ways, seconds, runs, file, measurements)

@@ -22,7 +22,7 @@ Examples:
 
 Build one: segfast.create_model("fast_scnn"); load its authors' weights: segfast.load_official("fast_scnn", PATH).
 
-Exit codes: 0 done, 2 no such network.
+Exit codes: 0 done, 2 no such network, or wrong arguments.
 """
 
 
@@ -32,6 +32,9 @@ def models(
     as_markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown, with papers and sources.")] = False,
 ) -> None:
     """List the networks: exact counts, what their papers print, and the licence of the official weights."""
+    if as_json and as_markdown:
+        typer.echo("segfast models: want --json or --markdown, got both", err=True)
+        raise typer.Exit(2)
     try:
         rows = catalogue.networks(pattern)
         text = json.dumps(rows, indent=1) if as_json else catalogue.markdown(pattern) if as_markdown else None

@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from segfast._files import write
+from segfast._weights import misfit
 from segfast.models import Preprocessing
 
 
@@ -120,12 +121,6 @@ def load_weights(model: torch.nn.Module, path: str | Path) -> None:
             f"{path} holds {about['quantized']} weights and their scales, not a float network's: load it with "
             f"segfast.deploy.{loader}, or take the float file that it was made from"
         )
-    own = model.state_dict()
-    missing, surplus = [k for k in own if k not in tensors], [k for k in tensors if k not in own]
-    other = [k for k in own if k in tensors and own[k].shape != tensors[k].shape]
-    if missing or surplus or other:
-        raise ValueError(
-            f"{path} does not fit the network: {len(missing)} missing {missing[:3]}, {len(surplus)} surplus {surplus[:3]}, "
-            f"{len(other)} of another shape {other[:3]}"
-        )
+    if wrong := misfit(model, tensors):
+        raise ValueError(f"{path} does not fit the network: {wrong}")
     model.load_state_dict(tensors)

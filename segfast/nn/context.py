@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from segfast import _backend
-from segfast.nn.convolution import Activation, BatchNorm2d, ConvBNAct
+from segfast.nn.convolution import Activation, BatchNorm2d, ConvBNAct, pair, require
 from segfast.nn.folding import activate, quick
 from segfast.nn.sampling import adaptive_avg_pool2d, free, laid_out, resize
 
@@ -35,7 +35,7 @@ class PyramidPooling(nn.Module):
         act: of the convolutions.
 
     Raises:
-        ValueError: an unknown mode, no grid, or channels given for "sum".
+        ValueError: an unknown mode, no grid or an empty one, no channels, or channels given for "sum".
     """
 
     def __init__(
@@ -51,14 +51,18 @@ class PyramidPooling(nn.Module):
         act: Activation = "relu",
     ):
         super().__init__()
+        require("PyramidPooling", in_channels=in_channels)
         if mode not in ("concat", "sum") or not grids:
             raise ValueError(f"PyramidPooling: want mode concat or sum and at least one grid, got {mode!r} and {grids}")
         if mode == "sum" and (branch_channels is not None or out_channels is not None):
             raise ValueError("PyramidPooling: want no branch_channels and no out_channels with mode 'sum'")
+        for grid in grids:
+            require("PyramidPooling", **dict(zip(("rows of a grid", "columns of a grid"), pair(grid))))
         self.grids, self.mode, self.align_corners, self.input_first = tuple(grids), mode, align_corners, input_first
         self.out_channels = in_channels
         if mode == "concat":
-            width = branch_channels or in_channels // len(self.grids)
+            width = in_channels // len(self.grids) if branch_channels is None else branch_channels
+            require("PyramidPooling", branch_channels=width)
             self.branches = nn.ModuleList(ConvBNAct(in_channels, width, 1, act=act, norm_layer=BatchNorm2d) for _ in self.grids)
             self.out_channels = in_channels + width * len(self.grids)
         if out_channels is not None:
@@ -93,6 +97,9 @@ class BNActConv(nn.Sequential):
         momentum: of the BatchNorm.
         bias: whether the convolution has one.
         norm: whether there is a BatchNorm.
+
+    Raises:
+        ValueError: an even kernel, no channels.
     """
 
     def __init__(
@@ -105,6 +112,7 @@ class BNActConv(nn.Sequential):
         norm: bool = True,
     ):
         super().__init__()
+        require("BNActConv", kernel_size=kernel_size, in_channels=in_channels, out_channels=out_channels)
         if norm:
             self.norm = BatchNorm2d(in_channels, momentum=momentum)
         self.relu = nn.ReLU()
@@ -131,6 +139,9 @@ class SpatialPyramidPooling(nn.Module):
         grids: rows of each level.
         square: as many columns as rows, whatever the aspect.
         momentum: of the BatchNorms.
+
+    Raises:
+        ValueError: no grid, an empty one, or no channels.
     """
 
     def __init__(
@@ -145,7 +156,11 @@ class SpatialPyramidPooling(nn.Module):
     ):
         super().__init__()
         self.grids, self.square = tuple(grids), square
-        level = level_channels or bottleneck // len(self.grids)
+        require("SpatialPyramidPooling", **{"number of grids": len(self.grids), "bottleneck": bottleneck})
+        for rows in self.grids:
+            require("SpatialPyramidPooling", **{"rows of a grid": rows})
+        level = bottleneck // len(self.grids) if level_channels is None else level_channels
+        require("SpatialPyramidPooling", level_channels=level)
         self.spp_bn = BNActConv(in_channels, bottleneck, 1, momentum)
         for i in range(len(self.grids)):
             self.add_module(f"spp{i}", BNActConv(bottleneck, level, 1, momentum))
@@ -204,6 +219,9 @@ class FastAttention(nn.Module):
         value_act: after the value's BatchNorm.
         act: after the projection's.
         norm_layer: of the four.
+
+    Raises:
+        ValueError: no channels.
     """
 
     def __init__(
@@ -215,6 +233,7 @@ class FastAttention(nn.Module):
         norm_layer: Callable[[int], nn.Module] = nn.BatchNorm2d,
     ):
         super().__init__()
+        require("FastAttention", channels=channels, key_channels=key_channels)
         self.query = ConvBNAct(channels, key_channels, 1, act=None, norm_layer=norm_layer)
         self.key = ConvBNAct(channels, key_channels, 1, act=None, norm_layer=norm_layer)
         self.value = ConvBNAct(channels, channels, 1, act=value_act, norm_layer=norm_layer)

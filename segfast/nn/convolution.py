@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from segfast._backend import is_whole
 from segfast.nn.channel_shuffle import ChannelShuffle
 from segfast.nn.folding import SCALES, conv_bn_act
 
@@ -41,6 +42,19 @@ def activation(act: Activation, channels: int) -> nn.Module:
 def pair(value: int | tuple[int, int]) -> tuple[int, int]:
     """(value, value) of an int; a pair as it is."""
     return (value, value) if isinstance(value, int) else tuple(value)
+
+
+def require(block: str, *, kernel_size: int | None = None, **counts: int) -> None:
+    """What a block is made of: whole numbers of at least 1, and a kernel that can keep the size.
+
+    Raises:
+        ValueError: naming the block, what it wants and what it got.
+    """
+    for name, value in counts.items():
+        if not is_whole(value) or value < 1:
+            raise ValueError(f"{block}: want {name} >= 1, got {value!r}")
+    if kernel_size is not None and not (is_whole(kernel_size) and kernel_size >= 1 and kernel_size % 2):
+        raise ValueError(f"{block}: want an odd kernel_size, got {kernel_size!r}")
 
 
 def same_padding(kernel_size: int | tuple[int, int], dilation: int | tuple[int, int] = 1) -> tuple[int, int]:
@@ -124,7 +138,7 @@ class ShuffledConv(nn.Sequential):
         act: see `segfast.nn.activation`.
 
     Raises:
-        ValueError: groups that do not divide the channels.
+        ValueError: groups that do not divide the channels, an even kernel, no channels.
     """
 
     def __init__(
@@ -138,6 +152,7 @@ class ShuffledConv(nn.Sequential):
         act: Activation = "relu",
     ):
         super().__init__()
+        require("ShuffledConv", kernel_size=kernel_size, in_channels=in_channels, out_channels=out_channels)
         if groups < 1 or in_channels % groups or out_channels % groups:
             raise ValueError(f"ShuffledConv: want groups that divide the channels, got {in_channels}, {out_channels}, {groups=}")
         padding = same_padding(kernel_size, dilation)
@@ -162,7 +177,7 @@ class AsymmetricConv(nn.Sequential):
         act: see `segfast.nn.activation`.
 
     Raises:
-        ValueError: an even kernel.
+        ValueError: an even kernel, no channels.
     """
 
     def __init__(
@@ -175,8 +190,7 @@ class AsymmetricConv(nn.Sequential):
         act: Activation = "relu",
     ):
         super().__init__()
-        if kernel_size < 1 or kernel_size % 2 == 0:
-            raise ValueError(f"AsymmetricConv: want an odd kernel_size, got {kernel_size}")
+        require("AsymmetricConv", kernel_size=kernel_size, in_channels=in_channels, out_channels=out_channels)
         k, d = kernel_size, dilation
         self.vertical = ConvBNAct(in_channels, out_channels, (k, 1), (stride, 1), dilation=(d, 1), act=act)
         self.horizontal = ConvBNAct(out_channels, out_channels, (1, k), (1, stride), dilation=(1, d), act=act)
@@ -198,7 +212,7 @@ class ZoomedConv(nn.Module):
         act: see `segfast.nn.activation`.
 
     Raises:
-        ValueError: another stride, or no convolution.
+        ValueError: another stride, no convolution, no channels.
     """
 
     def __init__(
@@ -212,8 +226,9 @@ class ZoomedConv(nn.Module):
         act: Activation = "relu",
     ):
         super().__init__()
-        if stride not in (1, 2) or repeats < 1:
-            raise ValueError(f"ZoomedConv: want stride 1 or 2 and repeats >= 1, got {stride} and {repeats}")
+        require("ZoomedConv", in_channels=in_channels, out_channels=out_channels, repeats=repeats)
+        if stride not in (1, 2):
+            raise ValueError(f"ZoomedConv: want stride 1 or 2, got {stride!r}")
         self.stride, self.align_corners = stride, align_corners
         widths = [in_channels, *(out_channels for _ in range(repeats))]
         self.convs = nn.Sequential(

@@ -42,7 +42,12 @@ def convolution(
         stride: s.
         groups: g; C for a depthwise convolution.
         bias: K parameters more.
+
+    Raises:
+        ValueError: groups that do not divide both channel counts.
     """
+    if groups < 1 or in_channels % groups or out_channels % groups:
+        raise ValueError(f"convolution: want groups that divide the channels, got {in_channels}, {out_channels}, {groups=}")
     (rows, columns), (height, width) = pair(kernel_size), pair(size)
     out = tuple(-(-extent // step) for extent, step in zip((height, width), pair(stride)))
     weights = rows * columns * (in_channels // groups) * out_channels

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from segfast.nn.convolution import Activation, ConvBNAct, activation
+from segfast.nn.convolution import Activation, ConvBNAct, activation, require
 from segfast.nn.ds_conv import DSConv
 from segfast.nn.folding import activate, add, conv_bn_act, joined
 
@@ -139,6 +139,9 @@ class InvertedResidual(nn.Module):
         kernel_size: of the depthwise convolution, odd.
         dilation: of the depthwise convolution.
         act: after the first two convolutions: "relu", "relu6", "silu", "hardswish" or None.
+
+    Raises:
+        ValueError: an even kernel, no channels, no stride, an unknown activation.
     """
 
     def __init__(
@@ -153,6 +156,8 @@ class InvertedResidual(nn.Module):
     ):
         super().__init__()
         middle = round(in_channels * expansion)
+        counts = {"in_channels": in_channels, "out_channels": out_channels, "stride": stride, "in_channels * expansion": middle}
+        require("InvertedResidual", kernel_size=kernel_size, **counts)
         self.use_shortcut = stride == 1 and in_channels == out_channels
         if middle != in_channels:
             self.expand = ConvBNAct(in_channels, middle, 1, act=act)
@@ -181,7 +186,7 @@ class ESP(nn.Module):
         eps: of the BatchNorm.
 
     Raises:
-        ValueError: a residual that does not fit, or another stride.
+        ValueError: a residual that does not fit, another stride, no channels or no rates.
     """
 
     def __init__(
@@ -195,6 +200,7 @@ class ESP(nn.Module):
         eps: float = 1e-3,
     ):
         super().__init__()
+        require("ESP", in_channels=in_channels, out_channels=out_channels, rates=rates)
         fits = stride == 1 and in_channels == out_channels
         if stride not in (1, 2) or (residual and not fits):
             raise ValueError(
