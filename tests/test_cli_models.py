@@ -163,9 +163,12 @@ def test_the_page_of_whole_networks_is_current():
 
 def test_references_are_used_within_and_kernels_again_after(monkeypatch):
     monkeypatch.setitem(_backend.table, "ds_conv", {"cpu": "c++"})
+    monkeypatch.setattr(_backend, "requested", "auto")
     with bench.references():
         assert not any(_backend.table.values())
+        assert _backend.requested == "reference"  # what private operations go by
     assert _backend.table["ds_conv"] == {"cpu": "c++"}
+    assert _backend.requested == "auto"
 
 
 def test_activation_bytes():

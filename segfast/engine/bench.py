@@ -65,12 +65,14 @@ class Measurement:
 @contextlib.contextmanager
 def references() -> Iterator[None]:
     """Within, every operation runs on its PyTorch reference, as under SEGFAST_BACKEND=reference."""
-    kept = {op: dict(owners) for op, owners in _backend.table.items()}
+    kept, requested = {op: dict(owners) for op, owners in _backend.table.items()}, _backend.requested
+    _backend.requested = "reference"
     for owners in _backend.table.values():
         owners.clear()
     try:
         yield
     finally:
+        _backend.requested = requested
         for op, owners in kept.items():
             _backend.table[op].update(owners)
 

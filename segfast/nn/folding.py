@@ -136,6 +136,7 @@ def joined(
     first = maps[0]
     if not (
         JOINS
+        and _backend.requested == "auto"
         and quick()
         and type(act) in (nn.PReLU, nn.ReLU, nn.Identity)
         and is_scale(bn)
