@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import subprocess
 import sys
 
@@ -12,6 +13,7 @@ from gpu import captured
 from harness import DTYPES, OPS, as_dtype, check_rule, evaluate, relaid, same_bits
 from torch.utils._pytree import tree_map
 
+import segfast
 from segfast import _backend, ops, testing
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")]
@@ -125,6 +127,24 @@ def test_a_label_outside_the_classes_is_named():
     assert done.returncode != 0
     values = [int(line.split()[-1]) for line in done.stdout.splitlines() if "label, n, y, x: " in line]
     assert set(values) == {77, 1, 6, 3}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["fast_scnn", "contextnet", "espnet", "swiftnet_rn18"])
+def test_optimize(name, dtype):
+    """Whole networks as one CUDA graph, at two sizes, against eager in float64."""
+    torch.manual_seed(0)
+    model = segfast.create_model(name).eval().cuda()
+    optimized, twin = segfast.optimize(model, dtype=dtype), copy.deepcopy(model).to(dtype)
+    exact = copy.deepcopy(model).double()
+    for size in ((128, 192), (97, 131)):
+        for _ in range(2):
+            x = torch.randn(1, 3, *size, device="cuda")
+            truth = exact(x.double())
+            error = (optimized(x).double() - truth).square().mean().sqrt()
+            assert error <= 2 * (twin(x.to(dtype)).double() - truth).square().mean().sqrt() + 1e-6 * truth.abs().max()
+        assert optimized.explain().note == "one CUDA graph"
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")

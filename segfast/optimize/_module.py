@@ -18,16 +18,18 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from segfast.optimize._capture import Capture, Graph, NotCaptured, Op, capture, key
+from segfast.optimize._capture import Capture, Graph, NotCaptured, Op, capture, first_line, key
 from segfast.optimize._memory import Plan, borrow, give_back, place_next
 from segfast.optimize._nodes import Builder, Weights
 from segfast.optimize._patterns import Aten, Step, join, match
+from segfast.optimize._replay import Replay
 
 DTYPES = (torch.float32, torch.bfloat16)
 CLASS_DTYPES = (None, torch.uint8, torch.int32, torch.int64)
 PLAIN = (Tensor, nn.Parameter, torch.nn.Buffer)
 NOTHING = contextlib.nullcontext()
 MAX_CAPTURES, MAX_PROGRAMS = 8, 32
+MAX_REPLAYS = 8  # programs kept on a GPU, where each holds its maps
 KEEP = 1 << 29  # bytes of a freed block up to which the allocator keeps it
 _exporting = threading.Lock()  # torch.export is not for two threads at a time
 
@@ -65,10 +67,11 @@ class Explanation:
     lines: an operation each, in the order of their steps.
     reason: why the network runs as it was; empty where it does not.
     sizes: of the inputs.
+    note: on a GPU, whether the steps are one captured graph, or why not.
     """
 
-    def __init__(self, lines: list[Line], sizes: tuple, reason: str = ""):
-        self.lines, self.sizes, self.reason = lines, sizes, reason
+    def __init__(self, lines: list[Line], sizes: tuple, reason: str = "", note: str = ""):
+        self.lines, self.sizes, self.reason, self.note = lines, sizes, reason, note
 
     def counts(self) -> dict[str, int]:
         """Number of steps of each kind; "aten" are operations that run alone."""
@@ -86,7 +89,8 @@ class Explanation:
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
         table = "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
         fused = ", ".join(f"{n} {kind}" for kind, n in self.counts().items())
-        return f"{len(self.lines)} operations on {sizes} in {len({line.step for line in self.lines})} steps: {fused}\n{table}"
+        steps = f"{len({line.step for line in self.lines})} steps{f' ({self.note})' if self.note else ''}"
+        return f"{len(self.lines)} operations on {sizes} in {steps}: {fused}\n{table}"
 
     __repr__ = __str__
 
@@ -151,6 +155,16 @@ class Program:
         self.inputs, self.tensors = graph.inputs, graph.tensors
         self.structure = graph.structure
         self.alone = len(graph.outputs) == 1 and tree_unflatten([0], graph.structure) == 0
+        self.note, self.wait = "", lambda: None
+
+    def replayed(self, inputs: list) -> None:
+        """From now on run as one CUDA graph, if it can be captured with these inputs."""
+        self.wait = torch.cuda.synchronize
+        try:
+            self.run = Replay(self.run, inputs)
+            self.note = "one CUDA graph"
+        except RuntimeError as error:  # some step waits for the device
+            self.note = f"not one CUDA graph: {first_line(error)}"
 
     def profile(self, inputs: list, runs: int) -> list[tuple[Step, str, float]]:
         taken: list[list[float]] = [[] for _ in self.steps]
@@ -163,6 +177,7 @@ class Program:
                     values.pop(op, None)
                 start = time.perf_counter()
                 values[step.output] = run(*arguments)
+                self.wait()
                 taken[number].append(1000 * (time.perf_counter() - start))
                 del arguments
         return [(step, how, statistics.median(t)) for (step, how, _, _), t in zip(self.steps, taken)]
@@ -259,7 +274,8 @@ class OptimizedModel(nn.Module):
         if not all(type(v) in PLAIN for v in tensors):
             return self.model(*args, **kwargs)
         program = self._ready(flat, structure)
-        with torch.no_grad(), torch.autocast("cpu", enabled=False) if torch.is_autocast_enabled("cpu") else NOTHING:
+        device = tensors[0].device.type if tensors else "cpu"
+        with torch.no_grad(), torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else NOTHING:
             if isinstance(program, str):
                 args, kwargs = tree_unflatten(self._cast(flat), structure)
                 return tree_map(self._classes, (self._twin or self.model)(*args, **kwargs))
@@ -281,7 +297,9 @@ class OptimizedModel(nn.Module):
                     raise RuntimeError("optimize: want a call or an example before explain(), got none")
                 (values, _), program = next(reversed(self._programs.items()))
         sizes = tuple(v[0] for v in values if isinstance(v[0], tuple))
-        return Explanation([], sizes, program) if isinstance(program, str) else Explanation(program.lines(), sizes)
+        if isinstance(program, str):
+            return Explanation([], sizes, program)
+        return Explanation(program.lines(), sizes, note=program.note)
 
     def profile(self, *args, runs: int = 5, **kwargs) -> list[tuple[Step, str, float]]:
         """(step, what runs it, median milliseconds) of every step for these inputs, after a first run.
@@ -322,7 +340,8 @@ class OptimizedModel(nn.Module):
                 except NotCaptured as reason:
                     program = str(reason)
                 self._programs[name] = program
-                while len(self._programs) > MAX_PROGRAMS:
+                most = MAX_REPLAYS if isinstance(program, Program) and program.note else MAX_PROGRAMS
+                while len(self._programs) > most:
                     self._programs.popitem(last=False)
             return program
 
@@ -335,13 +354,14 @@ class OptimizedModel(nn.Module):
             self._weights = Weights(dict(tensors), self.dtype)
         keep_pages()
         flat = [v.detach() if isinstance(v, Tensor) else v for v in self._cast(flat)]
-        places = {v.device.type for v in [*flat, *self._weights.originals.values()] if isinstance(v, Tensor)}
-        if places != {"cpu"}:
-            raise NotCaptured(f"it is on {', '.join(sorted(places))}; there is nothing but CPU kernels here")
+        device = place([*flat, *self._weights.originals.values()])
         args, kwargs = tree_unflatten(flat, structure)
         graph = self._graph(args, kwargs, flat)
-        builder = Builder(graph, self._weights, self.class_dtype)
-        return Program(graph, join(match(graph), builder.reads_pieces, builder.pools), builder)
+        builder = Builder(graph, self._weights, self.class_dtype, device)
+        program = Program(graph, join(match(graph), builder.reads_pieces, builder.pools), builder)
+        if device == "cuda":
+            program.replayed(flat)
+        return program
 
     def _graph(self, args: tuple, kwargs: dict, flat: list) -> Graph:
         for captured in self._captures:
@@ -367,6 +387,19 @@ class OptimizedModel(nn.Module):
         raise AssertionError
 
 
+def place(values: list) -> str:
+    """ "cpu" or "cuda", where all tensors are.
+
+    Raises:
+        NotCaptured: they are in several places, or in another.
+    """
+    devices = {v.device for v in values if isinstance(v, Tensor)}
+    kinds = {device.type for device in devices} or {"cpu"}
+    if len(devices) > 1 or not kinds <= {"cpu", "cuda"}:
+        raise NotCaptured(f"it is on {' and '.join(sorted(map(str, devices)))}: want all of it on the CPU or on one GPU")
+    return kinds.pop()
+
+
 def shared(model: nn.Module) -> nn.Module:
     """Other modules with the same tensors: export puts fakes in their place for a while, which no other thread may see."""
     tensors = [*model.parameters(), *model.buffers()]
@@ -389,11 +422,13 @@ def optimize(
 ) -> OptimizedModel:
     """A network that computes the same, faster: its graph is captured, fused and run by this package's and oneDNN's kernels.
 
-    Any network of PyTorch in evaluation mode, on the CPU. BatchNorms are folded, weights are packed once, maps lie
+    Any network of PyTorch in evaluation mode. BatchNorms are folded, weights are packed once, maps lie
     channels_last, and what runs together is found in the graph of ATen operations that torch.export gives: convolutions with
     BatchNorm, sum and activation, depthwise-separable blocks, inverted residuals, shuffles, the interpolation before an
     argmax. What is not recognised runs as it was; `explain()` lists all. The first size is captured by itself, a second one as
     a graph of all sizes as far as export allows. A network that cannot be captured runs as it was, and `explain()` says why.
+    On a GPU the steps run on this package's Triton and CUDA kernels and on cuDNN, each size captured once as one CUDA graph
+    and replayed (not yet run on hardware: docs/gpu.md).
 
     For inference: the results have no gradients. Safe to call from several threads; works with deepcopy and pickle (the
     network and the options are saved, and packed again at load) and under torch.inference_mode. torch.export and torch.compile

@@ -171,10 +171,6 @@ PACKED = {
 }  # fmt: skip
 
 
-def has(op: str) -> bool:
-    return op in PACKED or "cpu" in _backend.table.get(op, {})
-
-
 def onednn(dtype: torch.dtype) -> bool:
     if not torch.backends.mkldnn.is_available() or not torch.backends.mkldnn.enabled:
         return False
@@ -196,10 +192,14 @@ def packs(dtype: torch.dtype) -> bool:
 class Builder:
     """Makes the function of a step for the sizes of one graph."""
 
-    def __init__(self, graph: Graph, weights: Weights, class_dtype: torch.dtype | None):
-        self.graph, self.weights, self.class_dtype = graph, weights, class_dtype
-        self.onednn, self.packs = onednn(weights.dtype), packs(weights.dtype)
+    def __init__(self, graph: Graph, weights: Weights, class_dtype: torch.dtype | None, device: str = "cpu"):
+        self.graph, self.weights, self.class_dtype, self.device = graph, weights, class_dtype, device
+        self.onednn = device == "cpu" and onednn(weights.dtype)
+        self.packs = device == "cpu" and packs(weights.dtype)
         self.owned: set[Op] = set()  # results that only their readers hold: the last one may overwrite them
+
+    def has(self, op: str) -> bool:
+        return (self.device == "cpu" and op in PACKED) or self.device in _backend.table.get(op, {})
 
     def build(self, step: Step) -> tuple[str, Run, list[Op]]:
         """(how it runs, the function, its arguments)."""
@@ -223,7 +223,7 @@ class Builder:
         kind = "transposed" if step.transposed else "depthwise" if step.depthwise else "pointwise" if step.pointwise else "conv"
         native = self.native(step)
         for who in PREFER[kind]:
-            if who in SUITS and step.act.code is not None and self.packable(step) and has(who) and SUITS[who](step):
+            if who in SUITS and step.act.code is not None and self.packable(step) and self.has(who) and SUITS[who](step):
                 pack = getattr(torch.ops.segfast, who.replace("packed_", "pack_"))
                 return self.packed(step, [step], pack.default, getattr(torch.ops.segfast, who).default)
             if who == "onednn" and native and self.onednn and step.act.name in ONEDNN:
@@ -257,7 +257,7 @@ class Builder:
 
     def reads_pieces(self, step: Convolution) -> bool:
         """Whether the convolution runs on the kernel that reads its map in pieces."""
-        return step.act.code is not None and self.packable(step) and has("packed_winograd") and winograd(step)
+        return step.act.code is not None and self.packable(step) and self.has("packed_winograd") and winograd(step)
 
     def joined(self, step: Joined) -> tuple[str, Run, list[Op]]:
         self.owned.add(step.output)
@@ -274,7 +274,7 @@ class Builder:
     def pools(self, step: Convolution, pool: Step) -> bool:
         """Whether the convolution runs on the kernel that pools its rows as they come."""
         packed = step.act.code is not None and few(step) and not step.pointwise
-        return packed and not step.added and self.packable(step) and self.packable(pool) and has("packed_conv_pool")
+        return packed and not step.added and self.packable(step) and self.packable(pool) and self.has("packed_conv_pool")
 
     def pooled(self, step: Pooled) -> tuple[str, Run, list[Op]]:
         self.owned.add(step.output)
@@ -359,11 +359,11 @@ class Builder:
         self.owned.add(step.output)
         deep = any(part.weight.shape[1] > DEEPEST for part in step.parts)
         for who in () if deep else PREFER[step.kind]:
-            if who.startswith("packed_") and self.packable(step) and has(who):
+            if who.startswith("packed_") and self.packable(step) and self.has(who):
                 pack = getattr(torch.ops.segfast, who.replace("packed_", "pack_")).default
                 return self.packed(step, step.parts, pack, getattr(torch.ops.segfast, who).default)
             known = all(part.act.code < 5 for part in step.parts)
-            if who == "ds_conv" and known and has(who) and self.large(step):
+            if who == "ds_conv" and known and self.has(who) and self.large(step):
                 made = [self.separable(step, step.parts[-2:])]
                 made[:0] = [self.convolution(part) for part in step.parts[:-2]]
                 return chain(made, step)
@@ -408,7 +408,7 @@ class Builder:
             scale, shift = self.weights.scale(step.norm, self.graph)
         if step.slope is not None:
             slope = self.weights.exact(step.slope, self.graph).expand(step.output.shape[1])
-        if has("concat_affine") and self.native(step):
+        if self.has("concat_affine") and self.native(step):
             kernel = torch.ops.segfast.concat_affine.default
             floats = [None if v is None else v.float().contiguous() for v in (scale, shift, slope)]
             relu = step.act.name == "relu"
@@ -438,7 +438,7 @@ class Builder:
             return "nothing: the same size", lambda x: x, step.inputs
         if x.shape[2:] == (1, 1) and 0 not in shape:  # its layout says nothing; a map that is not channels_last costs its readers
             return "ATen, expanded", lambda x: x.expand(shape).contiguous(memory_format=CHANNELS_LAST), step.inputs
-        if has("resize") and self.native(step):
+        if self.has("resize") and self.native(step):
             kernel = torch.ops.segfast.resize.default
             between = step.output.users != [None]  # a network's own result is planar, as most who read it want it
             return "segfast::resize", lambda x: kernel(x, size, align_corners, between), step.inputs
@@ -451,7 +451,7 @@ class Builder:
 
     def repeat(self, step: Repeat) -> tuple[str, Run, list[Op]]:
         self.owned.add(step.output)
-        if has("repeat_pixels") and self.native(step):
+        if self.has("repeat_pixels") and self.native(step):
             kernel = torch.ops.segfast.repeat_pixels.default
             return "segfast::repeat_pixels", lambda x: kernel(x, *step.factors), step.inputs
         return "ATen", lambda x: aten.upsample_nearest2d.default(x, step.output.shape[2:]), step.inputs
@@ -459,7 +459,7 @@ class Builder:
     def recode(self, step: Recode) -> tuple[str, Run, list[Op]]:
         self.owned.add(step.output)
         op, scale, zero = f"{step.kind}_map", step.scale, step.zero
-        if has(op):
+        if self.has(op):
             kernel = getattr(torch.ops.segfast, op).default
             return f"segfast::{op}", lambda x: kernel(x, scale, zero), step.inputs
         target = step.output.target
@@ -468,7 +468,7 @@ class Builder:
     def head(self, step: Head) -> tuple[str, Run, list[Op]]:
         size, align_corners = step.size, step.align_corners
         dtype = self.classes(step)
-        if not has("upsample_argmax"):
+        if not self.has("upsample_argmax"):
 
             def run(x):
                 y = aten.upsample_bilinear2d.vec(x.float(), size, align_corners, None)
@@ -489,7 +489,8 @@ class Builder:
 
     def argmax(self, step: Argmax) -> tuple[str, Run, list[Op]]:
         dtype = self.classes(step)
-        if has("upsample_argmax"):  # an interpolation to the same size: ATen's search over channels takes six times as long
+        # An interpolation to the same size: on a CPU ATen's search over channels takes six times as long.
+        if self.device == "cpu" and self.has("upsample_argmax"):
             kernel, size, bytes = torch.ops.segfast.upsample_argmax.default, step.inputs[0].shape[2:], dtype.itemsize
             if 0 not in step.inputs[0].shape:
 
@@ -505,11 +506,11 @@ class Builder:
         self.owned.add(step.output)
         groups = step.groups
         if len(step.inputs) > 1:
-            if has("concat_shuffle"):
+            if self.has("concat_shuffle"):
                 kernel = torch.ops.segfast.concat_shuffle.default
                 return "segfast::concat_shuffle", lambda *x: kernel(last(x), groups), step.inputs
             return "ATen", lambda *x: aten.channel_shuffle.default(torch.cat(x, 1), groups), step.inputs
-        if has("channel_shuffle"):
+        if self.has("channel_shuffle"):
             kernel = torch.ops.segfast.channel_shuffle.default
             return "segfast::channel_shuffle", lambda x: kernel(x, groups), step.inputs
         return "ATen", lambda x: aten.channel_shuffle.default(x, groups), step.inputs
@@ -528,7 +529,7 @@ class Builder:
                 packet = getattr(aten, f"{op.kind}_")
                 return self.call(step, getattr(packet, target._overloadname), tuple(args), "ATen, in place")
         batch = op.args and isinstance(op.args[0], Op) and len(op.args[0].shape or ()) == 4
-        if op.kind == "max_pool2d" and batch and has("max_pool") and self.native(step):
+        if op.kind == "max_pool2d" and batch and self.has("max_pool") and self.native(step):
             windows, pool = windows_of(op), torch.ops.segfast.max_pool.default  # without the indices that PyTorch's computes
             return "segfast::max_pool", lambda x: pool(x, *windows), [op.args[0]]
         if op.kind == "matmul" and all(isinstance(a, Op) and a.shape for a in op.args):
