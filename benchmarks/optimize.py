@@ -167,20 +167,21 @@ GFLOP/s: 185 GFLOP/s over all, 82 % of that, and what 1.2 asks for is 91 %, ever
 | concatenations; resize; classes, 256 -> 19 | 4.7; 2.6; 3.6 | |
 
 Tried: the depthwise half inside the product's tiles (it is so); Winograd's filtering (no dense 3x3); products in AMX (below).
-Left, by the times of the parts (of 125 ms in all): interpolation and a separable block without an activation inside commute, so the
-decoder's block can be nine 1x1 products at 32x64 (11.9 ms) and a block of the 48 other channels (6.8) where it is 24.3, 3.3 for the
-concatenation and 2.3 for the interpolation now: 7 ms less before what joins them; the class scores inside the block before them, about 3;
-the pooled branch as a shift, about 1. All of it together would come to about 1.2.
+Left, by the times of the parts (of 125 ms in all): interpolation and a separable block without an activation inside
+commute, so the decoder's block can be nine 1x1 products at 32x64 (11.9 ms) and a block of the 48 other channels (6.8) where
+it is 24.3, 3.3 for the concatenation and 2.3 for the interpolation now: 7 ms less before what joins them; the class scores
+inside the block before them, about 3; the pooled branch as a shift, about 1. All of it together would come to about 1.2.
 
 Not finite values: oneDNN's convolutions with an activation inside, which run what the packed kernels do not, give 0 for NaN.
 
-On a GPU, **not yet run on hardware**: the same graph and the same patterns; depthwise-separable blocks, shuffles and the head run on the
-Triton and CUDA kernels, folded convolutions on cuDNN through ATen, in channels_last. The steps of each size are captured once as one CUDA
-graph (`segfast/optimize/_replay.py`): a call copies its inputs to the graph's, replays it, and hands out copies of the results, so that
-threads and streams may share one network; eight sizes are kept, for each holds its maps. A step that waits for the device (`class_dtype` of
-an int64 result that is not a class map) keeps a network out of the graph; it then runs step by step, and `explain()` says so. The choice of
-steps and the capture are tested on the CPU, with a stand-in that records operations and runs them again on the captured tensors
-(`tests/test_optimize_gpu.py`); `pytest -m gpu` and `benchmarks/gpu.py` are ready for a GPU.
+On a GPU, **not yet run on hardware**: the same graph and the same patterns; depthwise-separable blocks, shuffles and the
+head run on the Triton and CUDA kernels, folded convolutions on cuDNN through ATen, in channels_last. The steps of each size
+are captured once as one CUDA graph (`segfast/optimize/_replay.py`): a call copies its inputs to the graph's, replays it,
+and hands out copies of the results, so that threads and streams may share one network; eight sizes are kept, for each holds
+its maps. A step that waits for the device (`class_dtype` of an int64 result that is not a class map) keeps a network out of
+the graph; it then runs step by step, and `explain()` says so. The choice of steps and the capture are tested on the CPU,
+with a stand-in that records operations and runs them again on the captured tensors (`tests/test_optimize_gpu.py`); `pytest
+-m gpu` and `benchmarks/gpu.py` are ready for a GPU.
 """
 
 KERNELS = """## Kernels over packed weights
