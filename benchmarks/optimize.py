@@ -152,25 +152,26 @@ def ratio(row: Row, result: dict) -> tuple[float, str] | None:
     return peers[best] / times["segfast"], best
 
 
-LIMITS = """## Where the figure is not reached
+LIMITS = """## Where the figure is close
 
-segmentation_models.pytorch's DeepLabV3Plus: 1.08 where 1.2 was wanted. Its 24 GFLOP are nearly all products of 1x1 convolutions.
-`optimized.profile(images)` gives 130 ms in a minute in which MKL's product of 2048 x 2048 matrices, two threads, ran at 225
-GFLOP/s: 185 GFLOP/s over all, 82 % of that, and what 1.2 asks for is 91 %, everything that is no product included. By step:
+segmentation_models.pytorch's DeepLabV3Plus, 1.2 wanted: five runs of its row gave 1.03, 1.28, 1.20, 1.19 and 1.24, of which the
+last is in the table; this machine's speed changes within a run. Its 24 GFLOP are nearly all products of 1x1 convolutions, which
+ran at 82 % of the rate of MKL's product of 2048 x 2048 matrices: 1.08. What gave the rest is algebra. Interpolation and a
+separable block without an activation inside are linear and commute, so the decoder's block is nine 1x1 products of the map
+before its interpolation and a block of the 48 other channels (csrc/cpu/taps.h); neither the enlarged map nor the concatenation
+is written, and the class scores are computed in the same pass over bands of rows. In one process, two threads:
 
-| step | ms | GFLOP/s |
+| what | before, ms | now, ms |
 | --- | --- | --- |
-| decoder, 3x3 depthwise and 304 -> 256 at 128x256 | 27.2 | 194 |
-| last inverted residual, 160 -> 960 -> 320 at 32x64 | 10.1 | 191 |
-| three branches, 3x3 dilated depthwise and 1280 -> 256 | 6.4 to 7.8 | 178 to 217 |
-| 1280 -> 256 of all branches; 320 -> 1280 | 6.5; 6.8 | 207; 245 |
-| concatenations; resize; classes, 256 -> 19 | 4.7; 2.6; 3.6 | |
+| interpolation, 256 channels, 32x64 to 128x256 | 4.4 | |
+| concatenation, 304 channels | 3.3 | |
+| 3x3 depthwise and 304 -> 256 | 24.1 | |
+| class scores, 256 -> 19 | 3.1 | |
+| nine products of 256 -> 256 at 32x64 | | 9.8 |
+| the rest in one pass | | 9.1 |
 
-Tried: the depthwise half inside the product's tiles (it is so); Winograd's filtering (no dense 3x3); products in AMX (below).
-Left, by the times of the parts (of 125 ms in all): interpolation and a separable block without an activation inside
-commute, so the decoder's block can be nine 1x1 products at 32x64 (11.9 ms) and a block of the 48 other channels (6.8) where
-it is 24.3, 3.3 for the concatenation and 2.3 for the interpolation now: 7 ms less before what joins them; the class scores
-inside the block before them, about 3; the pooled branch as a shift, about 1. All of it together would come to about 1.2.
+Tried before: Winograd's filtering (no dense 3x3); products in AMX (below). Left: the concatenation of the five branches, which
+they could write themselves, about 1 ms.
 
 Not finite values: oneDNN's convolutions with an activation inside, which run what the packed kernels do not, give 0 for NaN.
 
@@ -192,7 +193,8 @@ enough channels, by Winograd's filtering F(2x2, 3x3): 16 multiplications instead
 form's, but a value that is not finite spreads over the 4x4 inputs of its tile. That kernel reads nearest
 interpolation, and the concatenation of two maps, in pieces: neither is written. The first convolution's rows go to the
 max-pooling that follows it at once. Other concatenation runs with the sum, BatchNorm, ReLU or PReLU that follow it, bilinear
-interpolation writes channels_last maps, and N C H W where it is the network's own result.
+interpolation writes channels_last maps, and N C H W where it is the network's own result. A separable block takes the 1x1
+convolution to few channels behind it, such as class scores, along in bands of rows.
 
 - float32: AVX-512, AVX2 or portable. Tried and left out: a float as three bfloat16 and six products of them in AMX's tiles, at
   half the error of float32. 1x1 convolutions of 64 to 256 channels took 0.73 to 0.87 of AVX-512's time while the virtual machine

@@ -93,7 +93,16 @@ def call(
     if len(weights) == 1:
         gots.append(ops.packed_conv(x, ops.pack_conv(*flat, groups, kept), *geometry, acts[0], more))
     elif len(weights) == 2:
-        gots.append(ops.packed_ds_conv(x, ops.pack_ds_conv(*flat, kept), *geometry, *acts[:2], more))
+        packed = ops.pack_ds_conv(*flat, kept)
+        gots.append(ops.packed_ds_conv(x, packed, *geometry, *acts[:2], more))
+        channels = y.shape[1]
+        if more is None and y.numel() and (kept == torch.float32 or channels % 2 == 0):
+            identity = torch.eye(channels)[:, :, None, None]
+            behind = ops.pack_conv(identity, torch.zeros(channels), 1, kept)
+            gots.append(ops.packed_ds_conv_chain(x, packed, *geometry, *acts[:2], None, False, behind, 0))
+            if (stride, dilation, kept) == ([1, 1], [1, 1], torch.float32) and channels % 16 == 0:
+                none = torch.zeros(x.shape[0], kernel[0] * kernel[1] * channels, 2, 3)
+                gots.append(ops.packed_ds_conv_chain(x, packed, *geometry, *acts[:2], none, True, None, 0))
     else:
         gots.append(ops.packed_inverted_residual(x, ops.pack_inverted_residual(*flat, kept), *geometry, *acts, more))
     for got in gots:

@@ -929,6 +929,49 @@ def test_what_runs_as_it_is():
     assert segfast.optimize(Made(lambda self: torch.ones(2)).eval(), ()).explain() is not None
 
 
+class Decoder(nn.Module):
+    """What DeepLabV3+ ends in: an enlarged map beside another, a separable block, the class scores."""
+
+    def __init__(self, first=True, align_corners=True, act=None, scores=5, factor=4, twice=False):
+        super().__init__()
+        self.first, self.align_corners, self.factor, self.twice = first, align_corners, factor, twice
+        self.low, self.high = conv(3, 12), conv(3, 20, stride=factor)
+        separable = [nn.Conv2d(32, 32, 3, padding=1, groups=32), nn.BatchNorm2d(32), act or nn.Identity(), nn.Conv2d(32, 48, 1)]
+        self.block = nn.Sequential(*separable, nn.BatchNorm2d(48), nn.ReLU())
+        self.scores = nn.Conv2d(48, scores, 1)
+
+    def forward(self, x):
+        low, high = self.low(x).relu(), self.high(x).relu()
+        high = F.interpolate(high, low.shape[2:], mode="bilinear", align_corners=self.align_corners)
+        y = self.block(torch.cat([high, low] if self.first else [low, high], 1))
+        return (self.scores(y), y) if self.twice else self.scores(y)
+
+
+@pytest.mark.skipif(_memory.place_next is None, reason="no kernels")
+@pytest.mark.parametrize(
+    ("options", "kind"),
+    [
+        ({}, "resize+cat+ds_conv+conv"),
+        ({"first": False}, "resize+cat+ds_conv+conv"),
+        ({"align_corners": False, "factor": 5}, "resize+cat+ds_conv+conv"),
+        ({"scores": 70}, "resize+cat+ds_conv"),
+        ({"twice": True}, "resize+cat+ds_conv"),
+        ({"act": nn.ReLU()}, "ds_conv+conv"),  # between the two convolutions
+        ({"factor": 2}, "ds_conv+conv"),  # nine products of a quarter of the pixels
+        ({"factor": 2, "twice": True}, "ds_conv"),
+    ],
+)
+def test_chains(options, kind):
+    torch.manual_seed(0)
+    model = randomised(Decoder(**options))
+    optimized = check(model, torch.randn(2, 3, 24, 40))
+    check(model, torch.randn(1, 3, 45, 61), optimized)  # packed for another size
+    kinds = optimized.explain().counts()
+    assert kinds.get(kind) == 1, kinds
+    assert sum("ds_conv" in k for k in kinds) == 1
+    check(model, torch.randn(2, 3, 24, 40), dtype=torch.bfloat16)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize(("inputs", "size"), [(1024, 1), (1536, 1), (2048, 1), (4096, 1), (768, 3), (1024, 3), (2048, 3)])
 def test_deep_sums_are_as_exact_as_eagers(inputs, size):

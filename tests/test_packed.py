@@ -129,6 +129,70 @@ def test_against_conv2d(kernel_set, dtype, kind, shape):
     check(f"{kind} {shape} {dtype}", kernel, reference, x, [w.to(dtype) for w in weights], added)
 
 
+CHAINS = [
+    # n, channels of the enlarged map and of the other, out, scores, small map, map, kernel, padding, align_corners
+    (1, 32, 16, 48, 19, (5, 7), (20, 28), 3, 1, True),
+    (2, 20, 7, 16, 3, (4, 6), (19, 30), 3, 1, False),
+    (1, 8, 12, 32, 65, (1, 1), (6, 200), 3, 2, False),
+    (1, 8, 5, 16, 4, (3, 4), (15, 21), 5, 0, True),
+    (2, 8, 5, 16, 1, (2, 9), (2, 9), 1, 0, True),
+    (0, 8, 5, 16, 1, (2, 9), (2, 9), 3, 1, True),
+]
+
+
+@pytest.mark.parametrize("behind", [False, True])
+@pytest.mark.parametrize("shape", CHAINS, ids=str)
+def test_chain_with_an_enlarged_map(kernel_set, shape, behind):
+    """resize, cat, depthwise, pointwise and one more: the first part as a product for each tap on the small map."""
+    n, c0, c1, k, scores, small, size, kernel_size, padding, align_corners = shape
+    torch.manual_seed(0)
+    below, x = last(torch.randn(n, c0, *small)), last(torch.randn(n, c1, *size))
+    (dw, dw_b), (pw, pw_b), (sc, sc_b) = weight(c0 + c1, 1, kernel_size), weight(k, c0 + c1), weight(scores, k)
+    taps = torch.einsum("kc,ct->tkc", pw[:, :c0, 0, 0].double(), dw[:c0, 0].flatten(1).double()).flatten(0, 1)
+    products = OPS.pack_conv(taps[:, :, None, None].float(), torch.zeros(len(taps)), 1)
+    packed = OPS.pack_ds_conv(
+        dw[c0:], dw_b[c0:], pw[:, c0:], (pw_b.double() + pw[:, :c0, 0, 0].double() @ dw_b[:c0].double()).float()
+    )
+    final = OPS.pack_conv(sc, sc_b, 1) if behind else None
+    ones, zeros = [1, 1], [0, 0]
+
+    def kernel(x, add):
+        z = OPS.packed_conv(below, products, ones, zeros, ones, 0)
+        return OPS.packed_ds_conv_chain(x, packed, ones, [padding] * 2, ones, 0, 1, z, align_corners, final, 5 if behind else 0)
+
+    def reference(call):
+        x, _, below, dw, dw_b, pw, pw_b, sc, sc_b = call
+        whole = torch.cat([F.interpolate(below, size, mode="bilinear", align_corners=align_corners), x], 1)
+        y = conv(conv(whole, dw, dw_b, groups=c0 + c1, padding=padding), pw, pw_b, 1)
+        return conv(y, sc, sc_b, 5) if behind else y
+
+    if n == 0:  # the small map's products have no numbers; the kernel is not asked
+        assert OPS.packed_ds_conv_chain(x, packed, ones, [1, 1], ones, 0, 1, None, True, final, 0).shape[0] == 0
+        return
+    check(f"chain {shape}", kernel, reference, x, [below, dw, dw_b, pw, pw_b, sc, sc_b], False)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_chain_with_scores(kernel_set, dtype, shape):
+    n, c, e, k, h, w, size, stride, padding, dilation = shape
+    e += e % 2
+    torch.manual_seed(0)
+    acts = [(SHAPES.index(shape) + i) % 6 for i in (0, 1, 2)]
+    x = last(torch.randn(n, c, h, w)).to(dtype)
+    weights = (*weight(c, 1, size), *weight(e, c), *weight(k, e))
+    packed, final = OPS.pack_ds_conv(*weights[:4], dtype), OPS.pack_conv(*weights[4:], 1, dtype)
+    pairs = [[stride] * 2, [padding] * 2, [dilation] * 2]
+    kernel = lambda x, add: OPS.packed_ds_conv_chain(x, packed, *pairs, *acts[:2], None, False, final, acts[2])  # noqa: E731
+
+    def reference(call):
+        x, _, dw, dw_b, pw, pw_b, sc, sc_b = call
+        y = conv(x, dw, dw_b, acts[0], groups=c, stride=stride, padding=padding, dilation=dilation)
+        return conv(conv(y, pw, pw_b, acts[1]), sc, sc_b, acts[2])
+
+    check(f"scores {shape} {dtype}", kernel, reference, x, [w.to(dtype) for w in weights], False)
+
+
 # (n, c, k, h, w, padding, dilation): padded channels, odd maps, less than a tile, taps all outside, tiles of several blocks
 WINOGRAD_SHAPES = [
     (1, 16, 16, 8, 8, 1, 1), (2, 5, 33, 7, 9, 1, 1), (1, 25, 40, 17, 30, 4, 4), (1, 64, 20, 3, 5, 0, 1), (3, 8, 48, 1, 1, 1, 1),
@@ -227,6 +291,7 @@ def test_odd_channels_take_nothing_from_the_next_pixel(kernel_set):
 def test_wrong_arguments_raise():
     packed = OPS.pack_conv(*weight(8, 4, 3), 1)
     wide = OPS.pack_winograd(*weight(8, 8, 3), 1)
+    block, products = OPS.pack_ds_conv(*weight(4, 1, 3), *weight(16, 4)), torch.randn(1, 144, 2, 2)
     x = last(torch.randn(1, 4, 5, 5))
     ones, zeros = [1, 1], [0, 0]
     assert OPS.packed_conv(x, packed, ones, zeros, ones, 0).shape == (1, 8, 3, 3)
@@ -243,6 +308,10 @@ def test_wrong_arguments_raise():
         ("pack function", lambda: OPS.packed_conv(x, packed[:-1], ones, zeros, ones, 0)),
         ("pack function", lambda: OPS.packed_conv(x, torch.zeros_like(packed), ones, zeros, ones, 0)),
         ("pack_ds_conv", lambda: OPS.packed_ds_conv(x, packed, ones, zeros, ones, 0, 0)),
+        ("pack_ds_conv", lambda: OPS.packed_ds_conv_chain(x, packed, ones, zeros, ones, 0, 0, None, True, None, 0)),
+        ("want last", lambda: OPS.packed_ds_conv_chain(x, block, ones, zeros, ones, 0, 0, None, True, packed, 0)),
+        ("want low", lambda: OPS.packed_ds_conv_chain(x, block, ones, zeros, ones, 0, 0, x, True, None, 0)),
+        ("want low", lambda: OPS.packed_ds_conv_chain(x, block, [2, 2], zeros, ones, 0, 0, products, True, None, 0)),
         ("pack_inverted_residual", lambda: OPS.packed_inverted_residual(x, packed, ones, zeros, ones, 0, 0, 0)),
         ("pack_winograd", lambda: OPS.packed_winograd(x, packed, ones, zeros, ones, 0)),
         ("stride 1", lambda: OPS.packed_winograd(x, OPS.pack_winograd(*weight(8, 4, 3), 1), [2, 2], zeros, ones, 0)),

@@ -12,6 +12,7 @@
 #define SEGFAST_FILE "packed.cpp"
 #define SEGFAST_LOW
 #define SEGFAST_TILES
+#include "axis.h"
 #include "each_isa.h"
 #include "fused_conv.h"
 #include "max_rows.h"
@@ -378,13 +379,15 @@ void inverted_rows(const PackedArgs<T>& o, int64_t begin, int64_t end, T* ring, 
 
 }  // namespace segfast::SEGFAST_ISA
 #endif
+#include "taps.h"
 #include "winograd.h"
 #ifndef SEGFAST_KERNELS
 namespace segfast {
 namespace {
 
 Counter conv_counter("packed_conv"), winograd_counter("packed_winograd"), transpose_counter("packed_conv_transpose"),
-    pool_counter("packed_conv_pool"), ds_counter("packed_ds_conv"), inverted_counter("packed_inverted_residual");
+    pool_counter("packed_conv_pool"), ds_counter("packed_ds_conv"), chain_counter("packed_ds_conv_chain"),
+    inverted_counter("packed_inverted_residual");
 
 using Ints = torch::headeronly::IntHeaderOnlyArrayRef;
 enum Kind : int64_t { kDense, kDepthwise, kSeparable, kInverted, kWinograd, kTransposed };
@@ -613,6 +616,18 @@ struct Joined {
   int64_t fy = 1, fx = 1;
 };
 
+// What a packed weight begins with.
+Header header_of(const char* op, const Tensor& packed, ScalarType dtype) {
+  STD_TORCH_CHECK(packed.is_cpu() && packed.dim() == 1 && packed.scalar_type() == ScalarType::Byte && packed.is_contiguous() &&
+                      packed.numel() >= static_cast<int64_t>(sizeof(Header)),
+                  op, ": want weights from the op's own pack function");
+  Header h;
+  memcpy(&h, data<uint8_t>(packed), sizeof h);
+  STD_TORCH_CHECK(h.magic == kMagic && h.bytes == packed.numel(), op, ": want weights from the op's own pack function");
+  STD_TORCH_CHECK((h.bfloat16 != 0) == (dtype == ScalarType::BFloat16), op, ": want weights packed for the dtype of x");
+  return h;
+}
+
 // A checked call: its tensors, and what the kernels get.
 template <class T>
 struct Call {
@@ -633,14 +648,8 @@ struct Call {
       : x(input), y(input) {
     STD_TORCH_CHECK(input.is_cpu() && input.dim() == 4 && input.scalar_type() == dtype, op,
                     ": want x (N, C, H, W) in float32 or bfloat16 on the CPU");
-    STD_TORCH_CHECK(packed.is_cpu() && packed.dim() == 1 && packed.scalar_type() == ScalarType::Byte && packed.is_contiguous() &&
-                        packed.numel() >= static_cast<int64_t>(sizeof(Header)),
-                    op, ": want weights from the op's own pack function");
+    const Header h = header_of(op, packed, dtype);
     const auto* bytes = data<uint8_t>(packed);
-    Header h;
-    memcpy(&h, bytes, sizeof h);
-    STD_TORCH_CHECK(h.magic == kMagic && h.bytes == packed.numel(), op, ": want weights from the op's own pack function");
-    STD_TORCH_CHECK((h.bfloat16 != 0) == (dtype == ScalarType::BFloat16), op, ": want weights packed for the dtype of x");
     kind = h.kind;
     for (const auto& [value, least] : {std::pair{stride, 1}, {padding, 0}, {dilation, 1}}) {
       STD_TORCH_CHECK(value.size() == 2 && value[0] >= least && value[1] >= least, op,
@@ -806,6 +815,89 @@ Tensor packed_ds_conv(const Tensor& x, const Tensor& packed, Ints stride, Ints p
   return call.y;
 }
 
+// A separable block between what may come before and after it, a band of rows at a time: before it, added to its sums, the part
+// of its result that an enlarged map gives (taps.h), behind it a 1 x 1 convolution. Neither is written whole.
+template <class T>
+Tensor packed_ds_conv_chain(const Tensor& x, const Tensor& packed, Ints stride, Ints padding, Ints dilation, int64_t dw_act,
+                            int64_t act, const std::optional<Tensor>& low, bool align_corners, const std::optional<Tensor>& last,
+                            int64_t last_act) {
+  const char* op = "packed_ds_conv_chain";
+  Call<T> call(op, x, packed, stride, padding, dilation, {dw_act, act, last_act}, {}, {}, !last);
+  STD_TORCH_CHECK(call.kind == kSeparable, op, ": want weights from pack_ds_conv");
+  PackedArgs<T>& o = call.o;
+  const Geometry& g = o.g;
+  if (o.deep) o.lda = deep_words<T>(g.c) * kPerWord<T>;
+  o.dw_act = dw_act, o.act = act, o.tile = product_pixels<T>(o.cp * sizeof(T), 49152, 96);
+  PackedArgs<T> behind{};
+  if (last) {
+    const Header h = header_of(op, *last, Call<T>::dtype);
+    STD_TORCH_CHECK(h.kind == kDense && h.kh * h.kw == 1 && h.c == g.k && g.k % kPerWord<T> == 0, op,
+                    ": want last from pack_conv, 1 x 1, with an even number of inputs, those that the block gives");
+    const auto at = [&](int64_t offset) { return reinterpret_cast<const float*>(data<uint8_t>(*last) + offset); };
+    behind.g = Geometry{g.n, g.k, g.oh, g.ow, h.k, g.oh, g.ow, 1, 1, 1, 1, 0, 0, 1, 1};
+    behind.cp = padded(g.k), behind.kp = padded(h.k), behind.deep = o.deep, behind.act = last_act;
+    behind.lda = o.deep ? deep_words<T>(g.k) * kPerWord<T> : g.k;
+    behind.tile = product_pixels<T>(g.k * sizeof(T), 65536, 192);
+    behind.pw = at(h.pw), behind.pw_shift = at(h.pw_shift);
+    call.y = empty({g.n, h.k, g.oh, g.ow}, Call<T>::dtype, call.x, true);
+    behind.y = data<T>(call.y);
+  }
+  if (call.y.numel() == 0) return call.y;
+  Tensor z = call.x;
+  Taps taps{};
+  std::optional<Axis> down, across;
+  std::optional<Weights<float> > by_row, by_column;
+  if (low) {
+    STD_TORCH_CHECK((std::is_same_v<T, float>) && low->is_cpu() && low->scalar_type() == ScalarType::Float && low->dim() == 4 &&
+                        low->numel() > 0 && low->size(0) == g.n && low->size(1) == g.kh * g.kw * g.k && g.k % 16 == 0 &&
+                        g.kh <= kMostTaps && g.kw <= kMostTaps && g.sh * g.sw * g.dh * g.dw == 1,
+                    op, ": want low (N, kh kw K, h, w) in float32, K a multiple of 16, stride 1 and dilation 1");
+    z = contiguous_as(*low, true);
+    down.emplace(z.size(2), g.h, align_corners, ScalarType::Float), by_row.emplace(*down);
+    across.emplace(z.size(3), g.w, align_corners, ScalarType::Float), by_column.emplace(*across);
+    taps = {data<float>(z),
+            z.size(2),
+            z.size(3),
+            g.k,
+            down->i0.data(),
+            down->i1.data(),
+            across->i0.data(),
+            across->i1.data(),
+            by_row->w0.data(),
+            by_row->w1.data(),
+            by_column->w0.data(),
+            by_column->w1.data()};
+  }
+  // A band has enough pixels for whole tiles of both products and stays in L2.
+  const int64_t rows = g.n * g.oh, band = std::clamp<int64_t>(192 / g.ow, 1, rows), bands = (rows + band - 1) / band;
+  parallel_for(0, bands, 1, [&](int64_t begin, int64_t end) {
+    const Buffer<T> buffer(o.tile * o.lda, o.deep || g.c % kPerWord<T> != 0), line(low ? taps.w * g.kw * g.k : 0, false);
+    const Buffer<T> base(low ? band * g.ow * g.k : 0, false), middle(last ? band * g.ow * g.k : 0, false);
+    const Buffer<T> spread(last && behind.lda != g.k ? behind.tile * behind.lda : 0);
+    for (int64_t b = begin; b < end; ++b) {
+      const int64_t r0 = b * band, r1 = std::min(r0 + band, rows), pixels = (r1 - r0) * g.ow;
+      PackedArgs<T> part = o;
+      const int64_t first = r0 * g.ow;  // buffers begin at this pixel
+      if constexpr (std::is_same_v<T, float>) {
+        if (low) {
+          for (int64_t r = r0; r < r1; ++r) {
+            SEGFAST_CALL(taps_row<float>)(taps, g, r / g.oh, r % g.oh, line.p, base.p + (r - r0) * g.ow * g.k);
+          }
+          part.add = base.p - first * g.k;
+        }
+      }
+      if (last) part.y = middle.p - first * g.k;
+      SEGFAST_PACKED_CALL(T, separable_tiles, part, first, first + pixels, buffer.p);
+      if (last) {
+        PackedArgs<T> next = behind;
+        next.x = middle.p - first * g.k;
+        SEGFAST_PACKED_CALL(T, pointwise_tiles, next, first, first + pixels, spread.p);
+      }
+    }
+  });
+  return call.y;
+}
+
 template <class T>
 Tensor packed_inverted_residual(const Tensor& x, const Tensor& packed, Ints stride, Ints padding, Ints dilation,
                                 int64_t expand_act, int64_t dw_act, int64_t act, const std::optional<Tensor>& add) {
@@ -864,6 +956,14 @@ Tensor packed_ds_conv_cpu(const Tensor& x, const Tensor& packed, Ints stride, In
   return kernel(x, packed, stride, padding, dilation, dw_act, act, add);
 }
 
+Tensor packed_ds_conv_chain_cpu(const Tensor& x, const Tensor& packed, Ints stride, Ints padding, Ints dilation, int64_t dw_act,
+                                int64_t act, const std::optional<Tensor>& low, bool align_corners,
+                                const std::optional<Tensor>& last, int64_t last_act) {
+  chain_counter.add();
+  const auto kernel = x.scalar_type() == ScalarType::BFloat16 ? packed_ds_conv_chain<BFloat16> : packed_ds_conv_chain<float>;
+  return kernel(x, packed, stride, padding, dilation, dw_act, act, low, align_corners, last, last_act);
+}
+
 Tensor packed_inverted_residual_cpu(const Tensor& x, const Tensor& packed, Ints stride, Ints padding, Ints dilation,
                                     int64_t expand_act, int64_t dw_act, int64_t act, const std::optional<Tensor>& add) {
   inverted_counter.add();
@@ -886,6 +986,7 @@ STABLE_TORCH_LIBRARY_IMPL(segfast, CPU, m) {
   m.impl("packed_conv_transpose", TORCH_BOX(&segfast::packed_conv_transpose_cpu));
   m.impl("packed_winograd", TORCH_BOX(&segfast::packed_winograd_cpu));
   m.impl("packed_ds_conv", TORCH_BOX(&segfast::packed_ds_conv_cpu));
+  m.impl("packed_ds_conv_chain", TORCH_BOX(&segfast::packed_ds_conv_chain_cpu));
   m.impl("packed_inverted_residual", TORCH_BOX(&segfast::packed_inverted_residual_cpu));
 }
 #endif

@@ -33,6 +33,8 @@ _SCHEMAS = {
     "packed_winograd": f"(Tensor x, Tensor packed, {_GEOMETRY}, int act, Tensor? add=None, Tensor? more=None, "
     "SymInt[] repeat=[1, 1]) -> Tensor",
     "packed_ds_conv": f"(Tensor x, Tensor packed, {_GEOMETRY}, int dw_act, int act, Tensor? add=None) -> Tensor",
+    "packed_ds_conv_chain": f"(Tensor x, Tensor packed, {_GEOMETRY}, int dw_act, int act, Tensor? low, bool align_corners, "
+    "Tensor? last, int last_act) -> Tensor",
     "packed_inverted_residual": f"(Tensor x, Tensor packed, {_GEOMETRY}, int expand_act, int dw_act, int act, "
     "Tensor? add=None) -> Tensor",
     "concat_affine": "(Tensor[] xs, Tensor? add, Tensor? scale, Tensor? shift, Tensor? slope, bool relu) -> Tensor",

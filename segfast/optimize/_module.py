@@ -358,7 +358,7 @@ class OptimizedModel(nn.Module):
         args, kwargs = tree_unflatten(flat, structure)
         graph = self._graph(args, kwargs, flat)
         builder = Builder(graph, self._weights, self.class_dtype, device)
-        program = Program(graph, join(match(graph), builder.reads_pieces, builder.pools), builder)
+        program = Program(graph, join(match(graph), builder), builder)
         if device == "cuda":
             program.replayed(flat)
         return program

@@ -18,6 +18,7 @@ from segfast.optimize._patterns import (
     Argmax,
     Aten,
     Block,
+    Chain,
     Concat,
     Convolution,
     Head,
@@ -54,6 +55,9 @@ PREFER = {
 # convolutions. In bfloat16 it computes in float32 and is not.
 DS_CONV_FROM = {torch.float32: 1.5e8, torch.bfloat16: float("inf")}
 
+
+MOST_SCORES = 64  # outputs of a convolution that a separable block takes along
+LARGER = 1.3  # a map that is larger by this and the number of taps is better convolved before its interpolation
 
 DEEPEST = 1536  # products in one float32 sum; of 2,048 the rounding errors are more than twice oneDNN's
 
@@ -164,7 +168,7 @@ SUITS = {
 PACKED = {
     op
     for op in (
-        "packed_conv", "packed_conv_pool", "packed_conv_transpose", "packed_winograd", "packed_ds_conv",
+        "packed_conv", "packed_conv_pool", "packed_conv_transpose", "packed_winograd", "packed_ds_conv", "packed_ds_conv_chain",
         "packed_inverted_residual", "concat_affine", "resize", "repeat_pixels", "max_pool", "quantize_map", "dequantize_map",
     )
     if _backend.has_compiled(op, "CPU")
@@ -368,6 +372,63 @@ class Builder:
                 made[:0] = [self.convolution(part) for part in step.parts[:-2]]
                 return chain(made, step)
         return chain([self.convolution(part) for part in step.parts], step)
+
+    def chains(self, block: Block) -> bool:
+        """Whether the block runs on the kernel that can take a convolution behind it along."""
+        inputs = [part.weight.shape[1] for part in block.parts]
+        return self.packable(block) and self.has("packed_ds_conv_chain") and max(inputs) <= DEEPEST
+
+    def scores(self, last: Convolution) -> bool:
+        """Whether that kernel can take this one along: of so few outputs that reading their map again would take longer."""
+        outputs, inputs = last.weight.shape[:2]
+        fits = last.pointwise and last.act.code is not None and self.packable(last)
+        return fits and outputs <= MOST_SCORES and inputs <= DEEPEST and (inputs % 2 == 0 or self.weights.dtype == torch.float32)
+
+    def enlarges(self, block: Block, low: Resize) -> bool:
+        """Whether the block's convolutions are better done on the map before its interpolation, a product for each tap."""
+        depthwise, last = block.parts
+        linear = depthwise.act == IDENTITY and (depthwise.stride, depthwise.dilation) == ((1, 1), (1, 1))
+        larger = math.prod(low.output.shape[2:]) / max(1, math.prod(low.inputs[0].shape[2:]))
+        suits = last.weight.shape[0] % 16 == 0 and max(depthwise.weight.shape[2:]) <= 8 and self.native(low)
+        return linear and suits and self.weights.dtype == torch.float32 and larger >= LARGER * depthwise.taps
+
+    def chain(self, step: Chain) -> tuple[str, Run, list[Op]]:
+        self.owned.add(step.output)
+        parts, low, last = step.block.parts, step.low, step.last
+        pack, conv = torch.ops.segfast.pack_conv.default, torch.ops.segfast.packed_conv.default
+        if low is None:
+            packed = self.packed_weights(parts, torch.ops.segfast.pack_ds_conv.default)
+        else:
+            small, packed = self.divided_weights(step)
+        scores = None if last is None else self.packed_weights([last], pack)
+        options = (*geometry_of(parts[0]), *(part.act.code for part in parts))
+        corners, act = low is not None and low.align_corners, 0 if last is None else last.act.code
+        kernel = torch.ops.segfast.packed_ds_conv_chain.default
+
+        def run(x, below=None):
+            z = None if below is None else conv(last_of(below), small, [1, 1], [0, 0], [1, 1], 0, None)
+            return kernel(last_of(x), packed, *options, z, corners, scores, act)
+
+        return "segfast::packed_ds_conv_chain", run, step.inputs
+
+    def divided_weights(self, step: Chain) -> tuple[Tensor, Tensor]:
+        """Of a block that reads an interpolated map and another: the products of the small map, one for each tap and output, and
+        the block of the other map, with what the depthwise bias of the first comes to."""
+        parts, channels = step.block.parts, step.low.output.shape[1]
+
+        def make():
+            (depthwise, dw_bias), (pointwise, bias) = (self.weights.folded(part, self.graph) for part in parts)
+            cut = channels if step.place == 0 else len(depthwise) - channels
+            first, second = slice(None, cut), slice(cut, None)
+            low, rest = (first, second) if step.place == 0 else (second, first)
+            taps = torch.einsum("kc,ct->tkc", pointwise[:, low, 0, 0], depthwise[low, 0].flatten(1)).flatten(0, 1)
+            total = bias + pointwise[:, low, 0, 0] @ dw_bias[low]
+            block = (depthwise[rest], dw_bias[rest], pointwise[:, rest], total)
+            small = torch.ops.segfast.pack_conv(taps[:, :, None, None].float(), torch.zeros(len(taps)), 1, self.weights.dtype)
+            return small, torch.ops.segfast.pack_ds_conv(*(t.float().contiguous() for t in block), self.weights.dtype)
+
+        names = [named(self.graph, part) for part in parts]
+        return self.weights.get(None if None in names else (*names[0], *names[1], "divided", step.place, channels), make)
 
     def large(self, step: Block) -> bool:
         if not self.onednn:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -169,6 +168,23 @@ class Pooled(Step):
     @property
     def kind(self) -> str:
         return f"{self.conv.kind}+max_pool"
+
+
+@dataclass(eq=False)
+class Chain(Step):
+    """A separable block and what it is drawn together with, so that the maps between are never whole: before it the concatenation
+    of an interpolated map, number `place` of the two, with another; behind it a pointwise convolution to few channels, such as
+    the class scores. `inputs` are the other map, or what the block reads, and the small map."""
+
+    block: Block
+    low: Resize | None
+    place: int
+    last: Convolution | None
+
+    @property
+    def kind(self) -> str:
+        before = ["resize", "cat"] if self.low else []
+        return "+".join([*before, self.block.kind, *([self.last.kind] if self.last else [])])
 
 
 @dataclass(eq=False)
@@ -450,13 +466,26 @@ def concat(op: Op, free: Free, graph: Graph) -> Concat | None:
     return step
 
 
-def join(steps: list[Step], reads: Callable[[Convolution], bool], pools: Callable[[Convolution, Step], bool]) -> list[Step]:
-    """The steps, with nearest interpolation and concatenation of two maps drawn into a convolution that can read such pieces, and
-    max-pooling into one that can pool."""
+class Abilities(Protocol):
+    """What the kernels at hand can draw together."""
+
+    def reads_pieces(self, step: Convolution) -> bool: ...
+    def pools(self, step: Convolution, pool: Step) -> bool: ...
+    def chains(self, block: Block) -> bool: ...
+    def scores(self, last: Convolution) -> bool: ...
+    def enlarges(self, block: Block, low: Resize) -> bool: ...
+
+
+def join(steps: list[Step], able: Abilities) -> list[Step]:
+    """The steps, with nearest interpolation and concatenation of two maps drawn into a convolution that can read such pieces,
+    max-pooling into one that can pool, and separable blocks into chains."""
     made = {step.output: step for step in steps}
-    found: dict[Step, Step] = {}
+    readers = {op: step for step in steps for op in step.covers}
+    found: dict[Step, Step | None] = {}
     for step in steps:
-        if isinstance(step, Convolution) and reads(step):
+        if isinstance(step, Block) and len(step.parts) == 2 and len(step.inputs) == 1 and able.chains(step):
+            found |= chain(step, made, readers, able)
+        elif isinstance(step, Convolution) and step not in found and able.reads_pieces(step):
             drawn, x, more = [], step.inputs[0], []
             if isinstance(before := alone(made.get(x)), Concat) and before.kind == "cat" and len(before.inputs) == 2:
                 drawn, (x, *more) = [before], before.inputs
@@ -469,10 +498,29 @@ def join(steps: list[Step], reads: Callable[[Convolution], bool], pools: Callabl
                 found |= dict.fromkeys(drawn)
         elif isinstance(step, Aten) and step.output.kind == "max_pool2d":
             before = alone(made.get(step.output.args[0]))
-            if isinstance(before, Convolution) and pools(before, step):
+            if isinstance(before, Convolution) and able.pools(before, step):
                 found[step] = Pooled([*before.covers, *step.covers], before.inputs, before)
                 found[before] = None
     return [found.get(step, step) for step in steps if found.get(step, step) is not None]
+
+
+def chain(block: Block, made: dict[Op, Step], readers: dict[Op, Step], able: Abilities) -> dict[Step, Step | None]:
+    """A separable block with what can be drawn to it: by step what takes its place, if anything."""
+    inputs, low, place, last, steps = block.inputs, None, 0, None, [block]
+    joined = alone(made.get(block.inputs[0]))
+    if isinstance(joined, Concat) and joined.kind == "cat" and len(set(joined.inputs)) == len(joined.inputs) == 2:
+        for i, x in enumerate(joined.inputs):
+            before = alone(made.get(x))
+            if low is None and isinstance(before, Resize) and not isinstance(before, Head) and able.enlarges(block, before):
+                inputs, low, place, steps = [joined.inputs[1 - i], *before.inputs], before, i, [before, joined, block]
+    after = readers.get(block.output.users[0]) if alone(block) is not None else None
+    if isinstance(after, Convolution) and after.inputs == [block.output] and able.scores(after):
+        last = after
+        steps.append(after)
+    if len(steps) == 1:
+        return {}
+    covers = [op for step in steps for op in step.covers]
+    return dict.fromkeys(steps[:-1]) | {steps[-1]: Chain(covers, inputs, block, low, place, last)}
 
 
 def alone(step: Step | None) -> Step | None:
