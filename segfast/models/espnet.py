@@ -27,7 +27,11 @@ class BNPReLU(nn.Sequential):
     def after(self, *maps: Tensor) -> Tensor:
         """Of the maps' concatenation."""
         y = joined(maps, self.bn, self.act, by=self)
-        return self(torch.cat(maps, 1)) if y is None else y
+        if y is None:
+            y = torch.cat(maps, 1)
+            del maps  # not needed any more, and large
+            y = self(y)
+        return y
 
 
 def norm(channels: int) -> nn.BatchNorm2d:
