@@ -67,12 +67,15 @@ def has_compiled(op: str, device: str = "CUDA") -> bool:
 def has_kernel(op: str, *tensors: Tensor) -> bool:
     """Whether `op` runs on a kernel for these tensors; else the caller takes its reference.
 
-    The reference serves exported graphs (they hold only ATen), torch.func transforms, forward-mode AD and tensor subclasses.
+    The reference serves exported graphs and traces (they hold only ATen), torch.func transforms, forward-mode AD and tensor
+    subclasses.
     """
     if tensors[0].device.type not in table[op] or torch.compiler.is_exporting() or is_transformed():
         return False
     if torch.compiler.is_compiling():
         return True
+    if torch.jit.is_tracing():
+        return False
     return all(type(t) in (Tensor, torch.nn.Parameter) or isinstance(t, torch._subclasses.FakeTensor) for t in tensors)
 
 

@@ -268,6 +268,10 @@ def test_shufflenet_v2_is_torchvisions(width):
         expected = theirs(x)
         torch.testing.assert_close(ours.classify(x), expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
     ShuffleNetV2(width).load_weights(theirs.state_dict())
+    old = {key: value for key, value in theirs.state_dict().items() if "num_batches" not in key}
+    ShuffleNetV2(width).load_weights(old)  # of before PyTorch 0.4.1
+    with pytest.raises(RuntimeError, match="these are not its weights"):
+        ShuffleNetV2(width).load_weights({**old, "conv1.0.weight": [1]})
     other = ShuffleNetV2(2.0)
     before = {key: value.clone() for key, value in other.state_dict().items()}
     with pytest.raises(RuntimeError, match=r"ShuffleNetV2: these are not its weights: 0 missing .* of another shape"):

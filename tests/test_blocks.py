@@ -420,6 +420,25 @@ def test_arguments_of_blocks(build, message):
         build()
 
 
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("build", [lambda: sf.InvertedResidual(8, 8), lambda: sf.ShuffleV2Unit(8, 8), lambda: sf.ESP(8, 8)])
+def test_traces_hold_only_aten(build, memory_format, grad):
+    unit, x = randomise(build()).eval(), torch.randn(1, 8, 9, 9).contiguous(memory_format=memory_format)
+    with torch.set_grad_enabled(grad):
+        traced = torch.jit.trace(unit, x, check_trace=False)
+        torch.testing.assert_close(traced(x), unit(x), rtol=1e-4, atol=1e-4)
+    assert "segfast::" not in str(traced.inlined_graph)
+
+
+def test_grids_of_any_kind():
+    x = torch.randn(1, 8, 9, 9)
+    assert sf.PyramidPooling(8, grids=iter((1, 2))).eval()(x).shape == (1, 16, 9, 9)
+    assert sf.PyramidPooling(8, grids=[torch.tensor([1, 2]).numpy()[1]]).eval()(x).shape == (1, 16, 9, 9)
+    with pytest.raises(ValueError, match="want grids of one number or two"):
+        sf.PyramidPooling(8, grids=[(1, 2, 3)])
+
+
 def test_shuffle_unit_errors():
     with pytest.raises(ValueError, match="ShuffleV1Unit: want stride 2"):
         sf.ShuffleV1Unit(12, 24, 3)

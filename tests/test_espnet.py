@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 import segfast
 from segfast.data import CamVid
@@ -39,3 +40,14 @@ def test_released_encoder(data_root):
     classes = model.predict((255 * image).to(torch.uint8))
     labels = CamVid(data_root / "camvid", "val")[0][1]
     assert (classes[labels == ROAD] == CITYSCAPES[ROAD]).float().mean() > 0.5
+
+
+@torch.no_grad()
+def test_what_takes_the_place_of_a_norm_runs():
+    """A part that the user has put there, or a longer one, is not passed over by the joined form."""
+    network = segfast.create_model("espnet_c", 5).eval()
+    x = torch.randn(1, 3, 64, 64).contiguous(memory_format=torch.channels_last)
+    network.encoder.norm1.append(nn.Threshold(1e9, 7.0))
+    assert (network.forward_features(x).features["stage1"] == 7).all()
+    network.encoder.norm1 = nn.Identity()
+    network(x)

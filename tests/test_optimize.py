@@ -972,6 +972,11 @@ def test_chains(options, kind):
     check(model, torch.randn(2, 3, 24, 40), dtype=torch.bfloat16)
 
 
+def test_meta_tensors_run_as_they_were():
+    model = nn.Sequential(conv(3, 4), nn.ReLU()).eval()
+    assert segfast.optimize(model)(torch.randn(1, 3, 8, 8, device="meta")).shape == (1, 4, 8, 8)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize(("inputs", "size"), [(1024, 1), (1536, 1), (2048, 1), (4096, 1), (768, 3), (1024, 3), (2048, 3)])
 def test_deep_sums_are_as_exact_as_eagers(inputs, size):

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_map
 import segfast
 from segfast import _backend
 from segfast.nn import DSConv, InvertedResidual, ShuffleV2Unit
-from segfast.optimize import _module
+from segfast.optimize import _module, _replay
 
 
 class Recorder(TorchDispatchMode):
@@ -50,16 +50,32 @@ class Graph:
 def gpu(monkeypatch):
     """Everything on "the GPU", which is the CPU; a list of the waits between streams."""
     order = []
+    side = SimpleNamespace(wait_stream=lambda other: order.append("stream"))
     stream = SimpleNamespace(wait_stream=lambda other: order.append("stream"), wait_event=lambda event: order.append("event"))
+    now = [stream]  # as PyTorch's, the stream stays another's where a capture fails
+
+    @contextlib.contextmanager
+    def capture(graph, stream, capture_error_mode):
+        assert stream is side
+        now[0] = side
+        with graph.recorder:
+            yield
+        now[0] = before
+
+    before = stream
     nothing = lambda *args, **kwargs: contextlib.nullcontext()  # noqa: E731
     monkeypatch.setattr(torch.cuda, "device", nothing)
     monkeypatch.setattr(torch.cuda, "stream", nothing)
-    monkeypatch.setattr(torch.cuda, "Stream", lambda: stream)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: order.append("wait"))
-    monkeypatch.setattr(torch.cuda, "Event", lambda: SimpleNamespace(record=lambda: order.append("record")))
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: side)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: now[0])
+    monkeypatch.setattr(torch.cuda, "set_stream", lambda other: now.__setitem__(0, other))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: "capturing" in order)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: order.append("wait"))
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda self, stream: None)
+    done = SimpleNamespace(record=lambda: order.append("record"), synchronize=lambda: None)
+    monkeypatch.setattr(torch.cuda, "Event", lambda: done)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
-    monkeypatch.setattr(torch.cuda, "graph", lambda graph, capture_error_mode: graph.recorder)
+    monkeypatch.setattr(torch.cuda, "graph", capture)
     monkeypatch.setattr(_module, "place", lambda values: "cuda")
     if _backend._C is not None:
         for op in ("ds_conv", "channel_shuffle", "concat_shuffle", "upsample_argmax"):
@@ -115,10 +131,31 @@ def test_what_waits_for_the_device_is_not_replayed(gpu):
     optimized, x = segfast.optimize(model, class_dtype=torch.int32), torch.randn(1, 3, 9, 9)
     for _ in range(2):  # narrowing asks for the largest value
         assert torch.equal(optimized(x), model(x).int())
-    assert optimized.explain().note.startswith("not one CUDA graph: operation not permitted")
+    assert optimized.explain().note.startswith("not one CUDA graph: aten._local_scalar_dense.default needs values")
+    assert "record" not in gpu  # found out before the capture, which PyTorch would not recover from
     small = segfast.optimize(model, class_dtype=torch.uint8)
     with pytest.raises(ValueError, match="want a class_dtype that holds results from 0 to 300"):
         small(x + 10)
+
+
+def test_a_capture_that_fails_leaves_the_callers_stream(gpu, monkeypatch):
+    monkeypatch.setattr(_replay, "NothingWaits", contextlib.nullcontext)
+    model = Made(lambda self, x: (self.a(x) > 0).long(), a=conv(3, 4)).eval()
+    optimized, x, stream = segfast.optimize(model, class_dtype=torch.int32), torch.randn(1, 3, 9, 9), torch.cuda.current_stream()
+    assert torch.equal(optimized(x), model(x).int())
+    assert optimized.explain().note == "not one CUDA graph: operation not permitted when stream is capturing"
+    assert torch.cuda.current_stream() is stream
+
+
+def test_inside_a_capture_of_the_callers(gpu):
+    model = randomised(Made(lambda self, x: self.a(x), a=conv(3, 4)))
+    optimized, x = segfast.optimize(model), torch.randn(1, 3, 9, 9)
+    optimized(x)
+    gpu.append("capturing")
+    calls = len(gpu)
+    torch.testing.assert_close(optimized(x), model(x), rtol=1e-5, atol=1e-5)
+    assert len(gpu) == calls  # no replay inside
+    assert optimized.explain(torch.randn(1, 3, 12, 9)).note == "not one CUDA graph: the caller is capturing"
 
 
 def test_several_results_modes_and_threads(gpu):

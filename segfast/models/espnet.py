@@ -24,18 +24,20 @@ class BNPReLU(nn.Sequential):
         self.bn = norm(channels)
         self.act = nn.PReLU(channels)
 
-    def after(self, *maps: Tensor) -> Tensor:
-        """Of the maps' concatenation."""
-        y = joined(maps, self.bn, self.act, by=self)
-        if y is None:
-            y = torch.cat(maps, 1)
-            del maps  # not needed any more, and large
-            y = self(y)
-        return y
-
 
 def norm(channels: int) -> nn.BatchNorm2d:
     return nn.BatchNorm2d(channels, eps=EPS)
+
+
+def after(layers: nn.Module, *maps: Tensor) -> Tensor:
+    """layers(cat(maps)), in one pass where the layers are a plain BNPReLU."""
+    plain = type(layers) is BNPReLU and [*layers._modules] == ["bn", "act"]
+    y = joined(maps, layers.bn, layers.act, by=layers) if plain else None
+    if y is None:
+        y = torch.cat(maps, 1)
+        del maps  # not needed any more, and large
+        y = layers(y)
+    return y
 
 
 class Encoder(nn.Module):
@@ -56,11 +58,11 @@ class Encoder(nn.Module):
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         half = F.avg_pool2d(images, 3, 2, 1)
         stem = self.stem(images)
-        stage1 = self.norm1.after(stem, half)
+        stage1 = after(self.norm1, stem, half)
         x = self.down2(stage1)
-        stage2 = self.norm2.after(self.stage2(x), x, F.avg_pool2d(half, 3, 2, 1))
+        stage2 = after(self.norm2, self.stage2(x), x, F.avg_pool2d(half, 3, 2, 1))
         x = self.down3(stage2)
-        stage3 = self.norm3.after(x, self.stage3(x))
+        stage3 = after(self.norm3, x, self.stage3(x))
         return stem, stage1, stage2, stage3
 
 
@@ -127,7 +129,7 @@ class ESPNet(_ESPNet):
     def outputs(self, images: Tensor) -> Output:
         stem, stage1, stage2, stage3 = self.encoder(images)
         x = crop(self.up3(self.logits_bn(self.encoder.classifier(stage3))), stage2)
-        x = self.combine(self.combine_norm.after(self.project(stage2), x))
+        x = self.combine(after(self.combine_norm, self.project(stage2), x))
         x = crop(self.up2_norm(self.up2(x)), stage1)
         fused = self.fuse(torch.cat((x, stage1 if self.variant == "train" else stem), 1))
         logits = crop(self.classifier(fused), images)

@@ -52,13 +52,16 @@ class PyramidPooling(nn.Module):
     ):
         super().__init__()
         require("PyramidPooling", in_channels=in_channels)
+        grids = tuple(grids)
         if mode not in ("concat", "sum") or not grids:
             raise ValueError(f"PyramidPooling: want mode concat or sum and at least one grid, got {mode!r} and {grids}")
         if mode == "sum" and (branch_channels is not None or out_channels is not None):
             raise ValueError("PyramidPooling: want no branch_channels and no out_channels with mode 'sum'")
-        for grid in grids:
-            require("PyramidPooling", **dict(zip(("rows of a grid", "columns of a grid"), pair(grid))))
-        self.grids, self.mode, self.align_corners, self.input_first = tuple(grids), mode, align_corners, input_first
+        for grid in map(pair, grids):
+            if len(grid) != 2:
+                raise ValueError(f"PyramidPooling: want grids of one number or two, got {grid}")
+            require("PyramidPooling", **{"rows of a grid": grid[0], "columns of a grid": grid[1]})
+        self.grids, self.mode, self.align_corners, self.input_first = grids, mode, align_corners, input_first
         self.out_channels = in_channels
         if mode == "concat":
             width = in_channels // len(self.grids) if branch_channels is None else branch_channels

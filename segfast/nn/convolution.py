@@ -41,7 +41,7 @@ def activation(act: Activation, channels: int) -> nn.Module:
 
 def pair(value: int | tuple[int, int]) -> tuple[int, int]:
     """(value, value) of an int; a pair as it is."""
-    return (value, value) if isinstance(value, int) else tuple(value)
+    return (value, value) if is_whole(value) else tuple(value)
 
 
 def require(block: str, *, kernel_size: int | None = None, **counts: int) -> None:

@@ -40,7 +40,7 @@ def plainly(module: nn.Module) -> Iterator[None]:
 
 
 def quick() -> bool:
-    """Whether an intermediate result may be overwritten: no gradients, no compiler (it fuses by itself), nobody watching.
+    """Whether an intermediate result may be overwritten: no gradients, compiler (it fuses by itself) or trace, nobody watching.
 
     Hooks of a module are seen by `plainly` and `watched`.
 
@@ -49,6 +49,7 @@ def quick() -> bool:
     return not (
         torch.is_grad_enabled()
         or torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
         or _has_any_global_hook()
         or getattr(_local, "plain", None)
         or torch._C._functorch.peek_interpreter_stack() is not None
@@ -142,6 +143,10 @@ def joined(
         and is_scale(bn)
         and first.dtype in (torch.float32, torch.bfloat16)
         and all(type(t) is Tensor and t.is_cpu and t.dtype == first.dtype for t in tensors)
+        and all(t.shape[2:] == first.shape[2:] and t.dim() == 4 for t in tensors)
+        and bn.num_features == sum(m.shape[1] for m in maps)
+        and all(p.dtype in (torch.float32, first.dtype) for p in (bn.weight, bn.running_var))
+        and (type(act) is not nn.PReLU or act.weight.dtype == first.dtype)
         and any(_backend.layout(t) == torch.channels_last for t in tensors)
         and not any_watched(by)
     ):

@@ -48,16 +48,17 @@ class Plan:
     Args:
         graph: its inputs and outputs are the caller's.
         steps: (step, how it runs, function, operands) in their order.
+        device: elsewhere than on the CPU nothing has a place.
 
     Attributes:
         bytes: of the block; 0: nothing has a place.
         places: (offset, bytes) of each result that has one.
     """
 
-    def __init__(self, graph: Graph, steps: Sequence[tuple[Step, str, object, list[Op]]]):
+    def __init__(self, graph: Graph, steps: Sequence[tuple[Step, str, object, list[Op]]], device: str = "cpu"):
         self.bytes = 0
         self.places: dict[Op, tuple[int, int]] = {}
-        if _backend._C is None:
+        if _backend._C is None or device != "cpu":
             return
         # A step that may give its operand's memory, such as a view, hands it on: to its own readers, and out of the program.
         born = {step.output: number for number, (step, *_) in enumerate(steps)}

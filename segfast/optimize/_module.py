@@ -111,7 +111,7 @@ class Program:
             calls.append((f"f{number}", inputs, step.output))
         for op, tensor in graph.tensors.items():
             namespace[f"k{id(op)}"] = tensor
-        plan = Plan(graph, self.steps)
+        plan = Plan(graph, self.steps, builder.device)
         namespace |= {"borrow": borrow, "give_back": give_back, "place": place_next, "narrowed": narrowed}
         last: dict[Op, int] = {}
         for number, (_, inputs, output) in enumerate(calls):
@@ -155,15 +155,15 @@ class Program:
         self.inputs, self.tensors = graph.inputs, graph.tensors
         self.structure = graph.structure
         self.alone = len(graph.outputs) == 1 and tree_unflatten([0], graph.structure) == 0
-        self.note, self.wait = "", lambda: None
+        self.note, self.device = "", None
 
     def replayed(self, inputs: list) -> None:
         """From now on run as one CUDA graph, if it can be captured with these inputs."""
-        self.wait = torch.cuda.synchronize
+        self.device = next((v.device for v in inputs if isinstance(v, Tensor)), None)
         try:
             self.run = Replay(self.run, inputs)
             self.note = "one CUDA graph"
-        except RuntimeError as error:  # some step waits for the device
+        except RuntimeError as error:
             self.note = f"not one CUDA graph: {first_line(error)}"
 
     def profile(self, inputs: list, runs: int) -> list[tuple[Step, str, float]]:
@@ -177,7 +177,8 @@ class Program:
                     values.pop(op, None)
                 start = time.perf_counter()
                 values[step.output] = run(*arguments)
-                self.wait()
+                if self.device is not None:
+                    torch.cuda.synchronize(self.device)
                 taken[number].append(1000 * (time.perf_counter() - start))
                 del arguments
         return [(step, how, statistics.median(t)) for (step, how, _, _), t in zip(self.steps, taken)]
@@ -274,7 +275,7 @@ class OptimizedModel(nn.Module):
         if not all(type(v) in PLAIN for v in tensors):
             return self.model(*args, **kwargs)
         program = self._ready(flat, structure)
-        device = tensors[0].device.type if tensors else "cpu"
+        device = "cuda" if any(v.is_cuda for v in tensors) else "cpu"
         with torch.no_grad(), torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else NOTHING:
             if isinstance(program, str):
                 args, kwargs = tree_unflatten(self._cast(flat), structure)
