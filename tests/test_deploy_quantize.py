@@ -289,7 +289,11 @@ def test_free_size(name, tmp_path):
         with torch.no_grad():
             want = quantized(x)
             assert torch.equal(again(x), want)
-        assert (artefact.run(x) == want.argmax(1)).float().mean() > 0.97
+        same = artefact.run(x) == want.argmax(1)
+        first, second = want.topk(2, 1).values.unbind(1)
+        clear = first - second > want.std() / 5  # of random weights and noise rounding turns the others
+        assert same[clear].float().mean() > 0.99
+        assert same.float().mean() > 0.9
 
 
 def test_free_size_is_compared_with_the_network(streets, monkeypatch):
