@@ -77,9 +77,9 @@ def gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "graph", capture)
     monkeypatch.setattr(_module, "place", lambda values: "cuda")
-    if _backend._C is not None:
-        for op in ("ds_conv", "channel_shuffle", "concat_shuffle", "upsample_argmax"):
-            monkeypatch.setitem(_backend.table, op, {"cpu": "c++", "cuda": "triton"})
+    owners = {} if _backend._C is None else {"cpu": "c++", "cuda": "triton"}  # on CPU tensors Triton's ops are the CPU's kernels
+    for op in ("ds_conv", "channel_shuffle", "concat_shuffle", "upsample_argmax"):
+        monkeypatch.setitem(_backend.table, op, owners)
     return order
 
 
