@@ -505,27 +505,37 @@ def test_export_holds_only_aten(small):
     assert torch.equal(program.module()(images), Classes(small)(images))
 
 
-def test_threads_share_one():
-    """Called for the first time by four threads at a time, with sizes of their own."""
-    model = randomised(nn.Sequential(ConvBNAct(3, 8), DSConv(8, 8), InvertedResidual(8, 8)))
-    optimized, failures = segfast.optimize(model), []
-    inputs = [torch.randn(1, 3, 16 + 2 * (i % 2), 24) for i in range(4)]
-    with torch.no_grad():
-        expected = [model(x) for x in inputs]
+def in_threads(work, count: int) -> None:
+    """work(i) for i in range(count), each in a thread of its own; whatever one of them raises fails the test."""
+    failures = []
 
-    def work(i: int) -> None:
+    def kept(i: int) -> None:
         try:
-            for _ in range(50):
-                torch.testing.assert_close(optimized(inputs[i]), expected[i], rtol=1e-4, atol=1e-4)
+            work(i)
         except BaseException as error:
             failures.append(error)
 
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    threads = [threading.Thread(target=kept, args=(i,)) for i in range(count)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     assert not failures, failures[0]
+
+
+def test_threads_share_one():
+    """Called for the first time by four threads at a time, with sizes of their own."""
+    model = randomised(nn.Sequential(ConvBNAct(3, 8), DSConv(8, 8), InvertedResidual(8, 8)))
+    optimized = segfast.optimize(model)
+    inputs = [torch.randn(1, 3, 16 + 2 * (i % 2), 24) for i in range(4)]
+    with torch.no_grad():
+        expected = [model(x) for x in inputs]
+
+    def work(i: int) -> None:
+        for _ in range(50):
+            torch.testing.assert_close(optimized(inputs[i]), expected[i], rtol=1e-4, atol=1e-4)
+
+    in_threads(work, 4)
     assert len(optimized._programs) == 2
 
 

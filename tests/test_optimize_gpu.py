@@ -4,12 +4,11 @@ graphs records their operations and runs them again, on the tensors of the captu
 from __future__ import annotations
 
 import contextlib
-import threading
 from types import SimpleNamespace
 
 import pytest
 import torch
-from test_optimize import Made, conv, randomised
+from test_optimize import Made, conv, in_threads, randomised
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
@@ -171,20 +170,13 @@ def test_several_results_modes_and_threads(gpu):
     expected = model(x)
     torch.testing.assert_close(result["a"], expected["a"], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(optimized(x)["b"][0], x)
-    errors = []
 
     def call(seed):
         x = torch.randn(1, 3, 9, 9, generator=torch.Generator().manual_seed(seed))
         for _ in range(20):
-            if not torch.allclose(optimized(x)["a"], model(x)["a"], atol=1e-5):
-                errors.append(seed)
+            assert torch.allclose(optimized(x)["a"], model(x)["a"], atol=1e-5)
 
-    threads = [threading.Thread(target=call, args=(seed,)) for seed in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not errors
+    in_threads(call, 4)
 
 
 def test_bounded_where_each_size_holds_its_maps(gpu):
