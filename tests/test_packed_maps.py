@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -98,6 +99,23 @@ def test_repeat_pixels(kernel_set, dtype):  # noqa: F811
         assert y.is_contiguous(memory_format=torch.channels_last)
         assert torch.equal(y, x.repeat_interleave(factors[0], 2).repeat_interleave(factors[1], 3))
         assert not y.numel() or torch.equal(y, F.interpolate(x, size))
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float16, torch.float64], ids=str)
+def test_argmax(kernel_set, dtype):  # noqa: F811
+    """PyTorch's own: the first of equal ones, NaN before all, minus infinity alone the first."""
+    torch.manual_seed(0)
+    for shape in [(2, 19, 5, 7), (1, 1, 3, 4), (3, 2, 1, 1), (1, 33, 40, 61), (1, 256, 3, 9), (0, 3, 4, 4), (2, 8, 1, 16)]:
+        x = torch.randn(shape).mul(3).round().to(dtype)  # many are equal
+        for value, share in [(-math.inf, 0.2), (math.inf, 0.1), (math.nan, 0.05)]:
+            x[torch.rand(shape) < share] = value
+        if x.numel():
+            x[0, :, 0, 0] = -math.inf
+        for layout in (last, torch.Tensor.contiguous, lambda x: torch.stack([x, x], -1)[..., 0]):
+            for size, integer in [(1, torch.uint8), (4, torch.int32), (8, torch.int64)]:
+                classes = same_on_two_threads(lambda: OPS.argmax(layout(x), size))  # noqa: B023
+                assert classes.dtype == integer
+                assert torch.equal(classes.long(), x.argmax(1) if x.numel() else classes.long())
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -211,6 +229,9 @@ def test_wrong_arguments_raise():
         ("float32 or bfloat16", lambda: OPS.resize(x.double(), (5, 5), False, True)),
         ("sizes", lambda: OPS.resize(x, (0, 5), False, True)),
         ("factors", lambda: OPS.repeat_pixels(x, 0, 1)),
+        ("1, 4 or 8 bytes", lambda: OPS.argmax(x, 2)),
+        ("some classes", lambda: OPS.argmax(x[:, :0], 1)),
+        ("float16 or bfloat16", lambda: OPS.argmax(x.int(), 1)),
         ("float32 or bfloat16", lambda: OPS.max_pool(x.double(), pair, pair, pair, zeros, ones)),
         ("two numbers", lambda: OPS.max_pool(x, pair, [2], pair, zeros, ones)),
         ("stride of the kernel", lambda: OPS.packed_conv_transpose(x, packed, ones, zeros, ones, 0)),

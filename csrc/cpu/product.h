@@ -167,6 +167,9 @@ struct Dot<uint8_t> {
 template <class T>
 constexpr int kDotRows = SEGFAST_BYTES == 64 ? 8 : (sizeof(T) == 4 ? 6 : 4);
 
+// Floats that are summed one after the other: of thousands in one go the rounding errors would be three times eager's.
+constexpr int64_t kDotDepth = 384;
+
 // Where the rows of a product's left side come from: `parts` runs of `depth` words each, a row's run p at a[p] (in elements);
 // the panel's rows for it from b[p] on.
 struct Runs {
@@ -174,11 +177,13 @@ struct Runs {
   const int64_t *a, *b;
 };
 
-template <class T, int M, int V, class P>
+// Deep: of more than kDotDepth words.
+template <class T, int M, int V, bool Deep, class P>
 SEGFAST_NOINLINE void micro_runs(const Runs& runs, const T* __restrict a, int64_t row, const float* __restrict b, int64_t width,
                                  int64_t first, int64_t col, const P put) {
   constexpr int L = lanes<float>;
-  typename Dot<T>::Sum acc[M][V];
+  using Sum = typename Dot<T>::Sum;
+  Sum acc[M][V];
 #pragma GCC unroll 8
   for (int j = 0; j < V; ++j) acc[0][j] = Dot<T>::start(put.shift + col + j * L);
 #pragma GCC unroll 16
@@ -186,12 +191,10 @@ SEGFAST_NOINLINE void micro_runs(const Runs& runs, const T* __restrict a, int64_
 #pragma GCC unroll 8
     for (int j = 0; j < V; ++j) acc[i][j] = acc[0][j];
   }
-  for (int64_t part = 0; part < runs.parts; ++part) {
-    const T* from = a + runs.a[part];
-    const int64_t step = V * L == 32 ? 32 : width;
-    const float* panel = b + runs.b[part] * step;
+  const int64_t step = V * L == 32 ? 32 : width;
+  const auto sum = [&](const T* from, const float* panel, int64_t depth) {
 #pragma GCC unroll 4
-    for (int64_t d = 0; d < runs.depth; ++d) {
+    for (int64_t d = 0; d < depth; ++d) {
       typename Dot<T>::Right bv[V];
 #pragma GCC unroll 8
       for (int j = 0; j < V; ++j) bv[j] = Dot<T>::right(panel + d * step + j * L);
@@ -202,6 +205,36 @@ SEGFAST_NOINLINE void micro_runs(const Runs& runs, const T* __restrict a, int64_
         for (int j = 0; j < V; ++j) acc[i][j] = Dot<T>::add(acc[i][j], s, bv[j]);
       }
     }
+  };
+  if constexpr (Deep) {
+    Sum whole[M * V];
+    for (int i = 0; i < M * V; ++i) whole[i] = Sum{};
+    int64_t summed = 0;  // since the sums so far went to `whole`
+    for (int64_t part = 0; part < runs.parts; ++part) {
+      for (int64_t d = 0; d < runs.depth; d += kDotDepth) {
+        if (summed >= kDotDepth) {
+#pragma GCC unroll 16
+          for (int i = 0; i < M; ++i) {
+#pragma GCC unroll 8
+            for (int j = 0; j < V; ++j) {
+              whole[i * V + j] += acc[i][j];
+              acc[i][j] = Sum{};
+            }
+          }
+          summed = 0;
+        }
+        const int64_t depth = runs.depth - d < kDotDepth ? runs.depth - d : kDotDepth;
+        sum(a + runs.a[part] + d * kPerWord<T>, b + (runs.b[part] + d) * step, depth);
+        summed += depth;
+      }
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < M; ++i) {
+#pragma GCC unroll 8
+      for (int j = 0; j < V; ++j) acc[i][j] += whole[i * V + j];
+    }
+  } else {
+    for (int64_t part = 0; part < runs.parts; ++part) sum(a + runs.a[part], b + runs.b[part] * step, runs.depth);
   }
 #pragma GCC unroll 8
   for (int j = 0; j < V; ++j) {
@@ -255,19 +288,26 @@ SEGFAST_INLINE void runs_product(int64_t rows, const Runs& runs, const T* a, int
   }
 #endif
   for (int64_t col0 = 0; col0 < padded; col0 += 32) {
-    const int64_t width = padded - col0 < 32 ? padded - col0 : 32;
+    const int64_t width = padded - col0 < 32 ? padded - col0 : 32, used = put.cols - col0 < width ? put.cols - col0 : width;
     const float* panel = panels + col0 * total;
     const auto columns = [&](auto vectors, int64_t j) {
       constexpr int V = decltype(vectors)::value;
-      int64_t i = done;
-      for (; i + M <= rows; i += M) micro_runs<T, M, V>(runs, a + i * row, row, panel + j, width, i, col0 + j, put);
-      for (; i + 4 <= rows; i += 4) micro_runs<T, 4, V>(runs, a + i * row, row, panel + j, width, i, col0 + j, put);
-      for (; i + 2 <= rows; i += 2) micro_runs<T, 2, V>(runs, a + i * row, row, panel + j, width, i, col0 + j, put);
-      for (; i < rows; ++i) micro_runs<T, 1, V>(runs, a + i * row, row, panel + j, width, i, col0 + j, put);
+      const auto blocks = [&](auto deep) {
+        constexpr bool Deep = decltype(deep)::value != 0;
+        int64_t i = done;
+        for (; i + M <= rows; i += M) micro_runs<T, M, V, Deep>(runs, a + i * row, row, panel + j, width, i, col0 + j, put);
+        for (; i + 4 <= rows; i += 4) micro_runs<T, 4, V, Deep>(runs, a + i * row, row, panel + j, width, i, col0 + j, put);
+        for (; i + 2 <= rows; i += 2) micro_runs<T, 2, V, Deep>(runs, a + i * row, row, panel + j, width, i, col0 + j, put);
+        for (; i < rows; ++i) micro_runs<T, 1, V, Deep>(runs, a + i * row, row, panel + j, width, i, col0 + j, put);
+      };
+      if constexpr (std::is_same_v<T, float>) {
+        if (runs.parts * runs.depth > kDotDepth) return blocks(Int<1>{});
+      }
+      blocks(Int<0>{});
     };
     int64_t j = 0;
-    for (; j + 2 * L <= width; j += 2 * L) columns(Int<2>{}, j);
-    for (; j < width; j += L) columns(Int<1>{}, j);
+    for (; j + L < used; j += 2 * L) columns(Int<2>{}, j);
+    for (; j < used; j += L) columns(Int<1>{}, j);
   }
 }
 

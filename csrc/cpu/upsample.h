@@ -194,6 +194,12 @@ double sum_row(const A* x, int64_t count) {
   return ((sums[0] + sums[1]) + (sums[2] + sums[3])) + ((sums[4] + sums[5]) + (sums[6] + sums[7]));
 }
 
+// Classes that were carried as numbers of the compute type.
+template <class A, class U>
+void store_classes(const A* index, int64_t count, U* out) {
+  for (int64_t i = 0; i < count; ++i) out[i] = static_cast<U>(static_cast<int32_t>(index[i]));
+}
+
 }  // namespace segfast::SEGFAST_ISA
 #else
 #include <algorithm>
@@ -204,6 +210,16 @@ double sum_row(const A* x, int64_t count) {
 
 namespace segfast {
 namespace {
+
+inline ScalarType integer_of(int64_t bytes) {
+  return bytes == 1 ? ScalarType::Byte : bytes == 4 ? ScalarType::Int : ScalarType::Long;
+}
+template <class A>
+void store_line(const A* index, int64_t count, const Tensor& classes, int64_t at, int64_t bytes) {
+  if (bytes == 1) SEGFAST_CALL(store_classes<A, uint8_t>)(index, count, data<uint8_t>(classes) + at);
+  if (bytes == 4) SEGFAST_CALL(store_classes<A, int32_t>)(index, count, data<int32_t>(classes) + at);
+  if (bytes == 8) SEGFAST_CALL(store_classes<A, int64_t>)(index, count, data<int64_t>(classes) + at);
+}
 
 // A multiple of every set's lanes.
 template <class A>

@@ -60,11 +60,6 @@ void argmax_rows(const A* a, const A* b, const A* h0, const A* h1, int64_t rows,
   for (; r < rows; ++r) argmax_of<A, 1, true>(a, b, h0 + r, h1 + r, classes, strip, index + r * strip, next());
 }
 
-template <class A, class U>
-void store_classes(const A* index, int64_t count, U* out) {
-  for (int64_t i = 0; i < count; ++i) out[i] = static_cast<U>(static_cast<int32_t>(index[i]));
-}
-
 }  // namespace segfast::SEGFAST_ISA
 #else
 
@@ -100,9 +95,7 @@ void upsample_argmax(const Source& source, const Axis& rows, const Axis& across,
           for (int64_t r = 0; r < run; ++r) {
             const int64_t at = (image * rows.out + row + r) * across.out + strip.begin;
             const A* const line = index + r * width;
-            if (bytes == 1) SEGFAST_CALL(store_classes<A, uint8_t>)(line, strip.count, data<uint8_t>(classes) + at);
-            if (bytes == 4) SEGFAST_CALL(store_classes<A, int32_t>)(line, strip.count, data<int32_t>(classes) + at);
-            if (bytes == 8) SEGFAST_CALL(store_classes<A, int64_t>)(line, strip.count, data<int64_t>(classes) + at);
+            store_line(line, strip.count, classes, at, bytes);
             if (probability != nullptr) std::copy(best + r * width, best + r * width + strip.count, probability + at);
           }
         }
@@ -117,10 +110,9 @@ std::tuple<Tensor, Tensor> upsample_argmax_cpu(const Tensor& logits, std::vector
   const Source source(logits);
   const Axis rows(source.height, size[0], align_corners, logits.scalar_type());
   const Axis across(source.width, size[1], align_corners, logits.scalar_type());
-  const ScalarType integer = bytes == 1 ? ScalarType::Byte : bytes == 4 ? ScalarType::Int : ScalarType::Long;
   const bool wide = source.x.scalar_type() == ScalarType::Double;
   const ScalarType floating = wide ? ScalarType::Double : ScalarType::Float;
-  const Tensor classes = empty({source.images, size[0], size[1]}, integer, source.x);
+  const Tensor classes = empty({source.images, size[0], size[1]}, integer_of(bytes), source.x);
   const Tensor best = probability ? empty({source.images, size[0], size[1]}, floating, source.x) : empty({0}, floating, source.x);
   if (wide) {
     upsample_argmax<double>(source, rows, across, classes, bytes, probability ? data<double>(best) : nullptr);

@@ -157,7 +157,7 @@ void winograd_tiles(const PackedArgs<T>& o, int64_t begin, int64_t end, T* input
     if (o.more) winograd_inputs(o, {o.more, c - o.first, 1, 1, o.first}, tile, tiles, zero, inputs);
     with_put(o.y, o.add, 0, o.g.k, o.pw_shift, o.act, [&](const auto& put) {
       for (int64_t col0 = 0; col0 < o.kp; col0 += 32) {
-        const int64_t width = o.kp - col0 < 32 ? o.kp - col0 : 32;
+        const int64_t width = o.kp - col0 < 32 ? o.kp - col0 : 32, used = o.g.k - col0 < width ? o.g.k - col0 : width;
         for (int64_t k = 0; k < 16; ++k) {
           const float* panel = o.pw + (col0 * 16 + k * width) * c;
           for (int64_t c0 = 0; c0 < c; c0 += kWinogradDepth) {
@@ -169,8 +169,8 @@ void winograd_tiles(const PackedArgs<T>& o, int64_t begin, int64_t end, T* input
               rows_of<V, float>(tiles, depth, a, o.cp, 1, panel + c0 * width + j, width, j, to);
             };
             int64_t j = 0;
-            for (; j + 2 * L <= width; j += 2 * L) columns(Int<2>{}, j);
-            for (; j < width; j += L) columns(Int<1>{}, j);
+            for (; j + L < used; j += 2 * L) columns(Int<2>{}, j);
+            for (; j < used; j += L) columns(Int<1>{}, j);
           }
         }
         winograd_outputs(o, tile, tiles, col0, width, sums, put);

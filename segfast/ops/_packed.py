@@ -41,6 +41,7 @@ _SCHEMAS = {
     "resize": "(Tensor x, SymInt[] size, bool align_corners, bool channels_last) -> Tensor",
     "repeat_pixels": "(Tensor x, SymInt fy, SymInt fx) -> Tensor",
     "max_pool": f"(Tensor x, SymInt[] size, SymInt[] kernel, {_GEOMETRY}) -> Tensor",
+    "argmax": "(Tensor x, int bytes) -> Tensor",
     "pack_int8": "(Tensor[] weights, Tensor[] scales, Tensor[] biases, int groups, int[] acts, Tensor map_scales, "
     "int[] map_zeros) -> Tensor",
     "packed_int8": f"(Tensor x, Tensor packed, int[] shape, {_GEOMETRY}, Tensor? add=None, float add_scale=1.0, "

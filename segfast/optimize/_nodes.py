@@ -54,12 +54,8 @@ PREFER = {
 # Multiply-adds of the pointwise half above which ds_conv, which packs its weights at every call, is faster than two oneDNN
 # convolutions. In bfloat16 it computes in float32 and is not.
 DS_CONV_FROM = {torch.float32: 1.5e8, torch.bfloat16: float("inf")}
-
-
 MOST_SCORES = 64  # outputs of a convolution that a separable block takes along
 LARGER = 1.3  # a map that is larger by this and the number of taps is better convolved before its interpolation
-
-DEEPEST = 1536  # products in one float32 sum; of 2,048 the rounding errors are more than twice oneDNN's
 
 
 class Weights:
@@ -128,8 +124,7 @@ def windows_of(op: Op) -> tuple[list[int], ...]:
 
 def few_or_pointwise(step: Convolution) -> bool:
     """packed_conv is faster than oneDNN for the first convolution, of few channels, and for 1x1 ones of enough outputs."""
-    outputs, inputs = step.weight.shape[:2]
-    return outputs >= 17 and inputs <= DEEPEST if step.pointwise else few(step)
+    return step.weight.shape[0] >= 17 if step.pointwise else few(step)
 
 
 def few(step: Convolution) -> bool:
@@ -169,7 +164,8 @@ PACKED = {
     op
     for op in (
         "packed_conv", "packed_conv_pool", "packed_conv_transpose", "packed_winograd", "packed_ds_conv", "packed_ds_conv_chain",
-        "packed_inverted_residual", "concat_affine", "resize", "repeat_pixels", "max_pool", "quantize_map", "dequantize_map",
+        "packed_inverted_residual", "concat_affine", "resize", "repeat_pixels", "max_pool", "argmax", "quantize_map",
+        "dequantize_map",
     )
     if _backend.has_compiled(op, "CPU")
 }  # fmt: skip
@@ -361,8 +357,7 @@ class Builder:
 
     def block(self, step: Block) -> tuple[str, Run, list[Op]]:
         self.owned.add(step.output)
-        deep = any(part.weight.shape[1] > DEEPEST for part in step.parts)
-        for who in () if deep else PREFER[step.kind]:
+        for who in PREFER[step.kind]:
             if who.startswith("packed_") and self.packable(step) and self.has(who):
                 pack = getattr(torch.ops.segfast, who.replace("packed_", "pack_")).default
                 return self.packed(step, step.parts, pack, getattr(torch.ops.segfast, who).default)
@@ -375,14 +370,13 @@ class Builder:
 
     def chains(self, block: Block) -> bool:
         """Whether the block runs on the kernel that can take a convolution behind it along."""
-        inputs = [part.weight.shape[1] for part in block.parts]
-        return self.packable(block) and self.has("packed_ds_conv_chain") and max(inputs) <= DEEPEST
+        return self.packable(block) and self.has("packed_ds_conv_chain")
 
     def scores(self, last: Convolution) -> bool:
         """Whether that kernel can take this one along: of so few outputs that reading their map again would take longer."""
         outputs, inputs = last.weight.shape[:2]
         fits = last.pointwise and last.act.code is not None and self.packable(last)
-        return fits and outputs <= MOST_SCORES and inputs <= DEEPEST and (inputs % 2 == 0 or self.weights.dtype == torch.float32)
+        return fits and outputs <= MOST_SCORES and (inputs % 2 == 0 or self.weights.dtype == torch.float32)
 
     def enlarges(self, block: Block, low: Resize) -> bool:
         """Whether the block's convolutions are better done on the map before its interpolation, a product for each tap."""
@@ -550,17 +544,9 @@ class Builder:
 
     def argmax(self, step: Argmax) -> tuple[str, Run, list[Op]]:
         dtype = self.classes(step)
-        # An interpolation to the same size: on a CPU ATen's search over channels takes six times as long.
-        if self.device == "cpu" and self.has("upsample_argmax"):
-            kernel, size, bytes = torch.ops.segfast.upsample_argmax.default, step.inputs[0].shape[2:], dtype.itemsize
-            if 0 not in step.inputs[0].shape:
-
-                def run(x):
-                    if not math.isfinite(x.sum().item()):  # interpolation makes NaN of infinities
-                        return x.argmax(1).to(dtype)
-                    return kernel(x, size, False, bytes, False)[0]
-
-                return "segfast::upsample_argmax", run, step.inputs
+        if self.has("argmax"):
+            kernel, bytes = torch.ops.segfast.argmax.default, dtype.itemsize
+            return "segfast::argmax", lambda x: kernel(x, bytes), step.inputs
         return "ATen", lambda x: x.argmax(1).to(dtype), step.inputs
 
     def shuffle(self, step: Shuffle) -> tuple[str, Run, list[Op]]:
