@@ -3,6 +3,7 @@
 import copy
 import json
 import random
+from collections import Counter
 
 import pytest
 import torch
@@ -245,6 +246,9 @@ def test_onnx(streets, quantized, tmp_path):
     proto = onnx.load(tmp_path / "a.onnx")
     weights = sum(x.data_type == onnx.TensorProto.INT8 and len(x.dims) == 4 for x in proto.graph.initializer)
     assert weights == len(int8.layers(model))
+    whole = {x.name for x in proto.graph.initializer if x.data_type == onnx.TensorProto.INT8}
+    readers = Counter(name for node in proto.graph.node for name in node.input if name in whole)
+    assert set(readers.values()) == {1}  # what ONNX Runtime wants for sums that are not saturated without VNNI
     classes = deploy.load(tmp_path / "a.onnx").run(images[:1])
     with torch.no_grad():
         assert (classes == quantized(images[:1]).argmax(1)).float().mean() > 0.99

@@ -238,6 +238,7 @@ class Translated:
             ).model_proto  # fmt: skip
         self.unstripped = proto.ByteSize()
         strip(proto)
+        part_zero_points(proto)
         onnx.helper.set_model_props(proto, {"segfast": json.dumps(about)})
         self.content, self.operators = proto.SerializeToString(), operators(proto)
 
@@ -358,6 +359,21 @@ def strip(proto) -> None:
     for value in (*proto.graph.input, *proto.graph.output, *proto.graph.initializer):
         value.doc_string = ""
         del value.metadata_props[:]
+
+
+def part_zero_points(proto) -> None:
+    """Give every int8 DequantizeLinear a zero point of its own: ONNX Runtime, asked not to saturate on processors without dot
+    products of bytes, turns weights and zero points to uint8 one node after the other, and fails on what two of them share."""
+    held = {x.name: x for x in proto.graph.initializer if x.data_type == x.INT8}
+    seen = set()
+    for number, node in enumerate(proto.graph.node):
+        name = node.input[2] if node.op_type == "DequantizeLinear" and len(node.input) > 2 else None
+        if name in seen:
+            copy = proto.graph.initializer.add()
+            copy.CopyFrom(held[name])
+            copy.name = node.input[2] = f"{name}_{number}"
+        elif name in held:
+            seen.add(name)
 
 
 def operators(proto) -> dict[str, int]:
