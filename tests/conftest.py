@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
+import ctypes
+import importlib.util
 import os
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import torch
 from segfast import _backend
 
 sys.path[:0] = [str(Path(__file__).parent / "simt"), str(Path(__file__).parents[1] / "benchmarks")]
+HAS_OPENVINO = importlib.util.find_spec("openvino") is not None
 EFFORT = os.environ.get("SEGFAST_EFFORT", "ci")
 if EFFORT not in ("ci", "full"):
     raise pytest.UsageError(f"SEGFAST_EFFORT: want ci or full, got {EFFORT!r}")
@@ -74,6 +76,30 @@ def restore():
     torch.use_deterministic_algorithms(False)
     if chosen is not None:
         _backend._C.set_kernel_set(chosen)
+
+
+class SignalStack(ctypes.Structure):
+    """stack_t of Linux."""
+
+    _fields_ = [("address", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t)]
+
+
+@pytest.fixture(autouse=sys.platform == "linux")
+def signal_stack():
+    """This thread's stack for signal handlers, put back.
+
+    A network that OpenVINO 2026.4 compiled leaves its own there and frees it: the next signal that has a handler, such as that of
+    a child's end, would stop the process.
+    """
+    if not HAS_OPENVINO:
+        yield
+        return
+    libc, before, after = ctypes.CDLL(None), SignalStack(), SignalStack()
+    libc.sigaltstack(None, ctypes.byref(before))
+    yield
+    libc.sigaltstack(None, ctypes.byref(after))
+    if after.address != before.address:
+        libc.sigaltstack(ctypes.byref(before), None)
 
 
 @pytest.fixture(params=kernel_sets())

@@ -399,6 +399,8 @@ def test_esp_joins_in_one_pass(shape, options, act, dtype):
     ("build", "message"),
     [
         (lambda: sf.ESP(8, 8, rates=0), "ESP: want rates >= 1, got 0"),
+        (lambda: sf.ConvBNAct(4, 0), "ConvBNAct: want out_channels >= 1, got 0"),
+        (lambda: sf.DSConv(0, 4), "DSConv: want dw_channels >= 1, got 0"),
         (lambda: sf.ESP(0, 8), "ESP: want in_channels >= 1, got 0"),
         (lambda: sf.PyramidPooling(3), "PyramidPooling: want branch_channels >= 1, got 0"),
         (lambda: sf.PyramidPooling(8, grids=(1, (2, 0))), "PyramidPooling: want columns of a grid >= 1, got 0"),
@@ -491,14 +493,52 @@ def test_cost_table():
 @pytest.mark.parametrize("layout", (torch.contiguous_format, torch.channels_last))
 @pytest.mark.parametrize("align_corners", (False, True))
 def test_resize_without_gradients_is_interpolate(layout, align_corners):
-    """Into memory of its own choice, with the same bits and strides, also where the memory is large."""
-    for channels, size in ((3, (33, 17)), (19, (256, 512)), (1, (1100, 1000))):
+    """On its own kernel (whose error tests/test_packed_maps.py judges), with the same strides, also where the result is large."""
+    for channels, size in ((3, (33, 17)), (19, (256, 512)), (1, (1100, 1000)), (5, (4, 7))):
         x = torch.randn(2, channels, 9, 13).contiguous(memory_format=layout)
         with torch.no_grad():
             y = sf.resize(x, size, align_corners)
         expected = F.interpolate(x, size, mode="bilinear", align_corners=align_corners)
-        assert torch.equal(y, expected)
+        torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-6)
         assert y.stride() == expected.stride()
+
+
+class Labelled(torch.Tensor):
+    """A subclass as users have them."""
+
+
+class Resized(nn.Module):
+    def forward(self, x):
+        return sf.resize(x, (18, 20))
+
+
+def calls_of_resize() -> int:
+    return _backend._C.kernel_calls()["resize"]
+
+
+def test_resize_takes_its_kernel_where_nothing_else_is_wanted():
+    """With gradients, in other dtypes, in subclasses, in graphs and under transforms it is PyTorch's."""
+    x = torch.randn(2, 3, 9, 13)
+    resize = Resized()
+    exact = F.interpolate(x, (18, 20), mode="bilinear")
+    compiled = _backend._C is not None and _backend.requested == "auto"
+    before = calls_of_resize() if compiled else 0
+    with torch.no_grad():
+        for y in (resize(x), resize(x.bfloat16())):
+            off = 1e-6 if y.dtype == torch.float32 else 0.02
+            torch.testing.assert_close(y.float(), exact, rtol=off, atol=off)
+        if compiled:
+            assert calls_of_resize() == before + 2
+        assert torch.equal(resize(x.double()), F.interpolate(x.double(), (18, 20), mode="bilinear"))
+        assert torch.equal(resize(x.as_subclass(Labelled)).as_subclass(torch.Tensor), exact)
+        assert torch.equal(torch.func.vmap(resize)(x[None])[0], exact)
+        assert torch.equal(sf.resize(x, (18, 20), mode="nearest"), F.interpolate(x, (18, 20)))
+        traced = torch.jit.trace(resize, x, check_trace=False)
+        exported = torch.export.export(resize, (x,))
+    assert torch.equal(resize(x), exact)
+    assert "segfast" not in str(traced.graph) + str(exported.graph)
+    if compiled:
+        assert calls_of_resize() == before + 2
 
 
 def test_columns_of_an_exported_grid_are_those_of_the_rounding(monkeypatch):

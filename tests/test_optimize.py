@@ -446,6 +446,8 @@ def test_raises_where_eager_does():
 def test_refusals(small):
     with pytest.raises(TypeError, match=r"want an nn.Module, got OrderedDict"):
         segfast.optimize(small.state_dict())
+    with pytest.raises(TypeError, match=r"want a tensor or a tuple of inputs as the example, got str"):
+        segfast.optimize(small, "512x1024")
     training = copy.deepcopy(small)
     training.inverted.train()
     with pytest.raises(ValueError, match=r"evaluation mode .*, got inverted.* in training mode"):

@@ -73,8 +73,8 @@ def bench(
         racing = peers or bool(peer)
         given = {name for name in context.params if context.get_parameter_source(name).name != "DEFAULT"}
         if ignored := sorted(given & set(WITHOUT_PEERS if racing else WITH_PEERS)):
-            names = ", ".join({"as_json": "--print-json", "file": "--json"}.get(name, f"--{name}") for name in ignored)
-            raise ValueError(f"{names}: {'not with' if racing else 'only with'} --peers")
+            options = ", ".join({"as_json": "--print-json", "file": "--json"}.get(name, f"--{name}") for name in ignored)
+            raise ValueError(f"{options}: {'not with' if racing else 'only with'} --peers")
         if threads:
             most = 4 * (os.cpu_count() or 1)
             if threads > most:

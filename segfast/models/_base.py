@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from segfast import _backend, ops
 from segfast.nn.folding import plainly, quick
-from segfast.nn.sampling import laid_out, resize
+from segfast.nn.resize import laid_out, resize
 
 
 class Output(NamedTuple):

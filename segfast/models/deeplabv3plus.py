@@ -11,7 +11,7 @@ from segfast.backbones import create_backbone
 from segfast.models._base import Output, SegmentationModel
 from segfast.models._registry import Published, register_model
 from segfast.nn import BatchNorm2d, ConvBNAct, adaptive_avg_pool2d, resize
-from segfast.nn.sampling import laid_out
+from segfast.nn.resize import laid_out
 
 
 class AtrousPyramidPooling(nn.Module):

@@ -12,7 +12,7 @@ from segfast.models._official import Weights, register_importer, told
 from segfast.models._registry import Published, register_model
 from segfast.nn import BatchNorm2d, ConvBNAct, resize
 from segfast.nn.folding import add, fold
-from segfast.nn.sampling import free
+from segfast.nn.resize import free
 
 CELLS = (1, 2, 3, 6)
 

@@ -15,7 +15,7 @@ from segfast.models._registry import Published, register_model
 from segfast.models.espnet import crop
 from segfast.nn import ConvBNAct
 from segfast.nn.folding import activate, add, fold, foldable, quick, watched
-from segfast.nn.sampling import free
+from segfast.nn.resize import free
 
 
 class DeconvBNReLU(nn.Module):

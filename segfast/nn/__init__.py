@@ -7,7 +7,8 @@ from segfast.nn.convert import convert, unconvert
 from segfast.nn.convolution import AsymmetricConv, BatchNorm2d, ConvBNAct, ShuffledConv, ZoomedConv, activation
 from segfast.nn.ds_conv import DSConv
 from segfast.nn.residual import ESP, BasicBlock, Bottleneck, InvertedResidual, Residual, SkipConcat
-from segfast.nn.sampling import Downsample, Upsample, adaptive_avg_pool2d, resize
+from segfast.nn.resize import resize
+from segfast.nn.sampling import Downsample, Upsample, adaptive_avg_pool2d
 from segfast.nn.shuffle_units import ShuffleV1Unit, ShuffleV2Unit
 from segfast.nn.upsample import UpsampleCrossEntropy
 

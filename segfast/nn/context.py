@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from segfast import _backend
 from segfast.nn.convolution import Activation, BatchNorm2d, ConvBNAct, pair, require
 from segfast.nn.folding import activate, quick
-from segfast.nn.sampling import adaptive_avg_pool2d, free, laid_out, resize
+from segfast.nn.resize import free, laid_out, resize
+from segfast.nn.sampling import adaptive_avg_pool2d
 
 
 class PyramidPooling(nn.Module):

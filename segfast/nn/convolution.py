@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from segfast._backend import is_whole
 from segfast.nn.channel_shuffle import ChannelShuffle
 from segfast.nn.folding import SCALES, conv_bn_act
+from segfast.nn.resize import resize
 
 Activation = str | Callable[[int], nn.Module] | None
 
@@ -95,7 +96,7 @@ class ConvBNAct(nn.Sequential):
         norm_layer: called with the channel count; `segfast.nn.BatchNorm2d` where the map may be 1 x 1.
 
     Raises:
-        ValueError: an unknown activation.
+        ValueError: an unknown activation, no channels.
     """
 
     def __init__(
@@ -112,6 +113,7 @@ class ConvBNAct(nn.Sequential):
         norm_layer: Callable[[int], nn.Module] = nn.BatchNorm2d,
     ):
         super().__init__()
+        require("ConvBNAct", in_channels=in_channels, out_channels=out_channels)
         padding = same_padding(kernel_size, dilation) if padding is None else padding
         self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias)
         self.bn = norm_layer(out_channels)
@@ -242,7 +244,7 @@ class ZoomedConv(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         whole = tuple(x.shape[2:])
         half = tuple((s + 1) // 2 for s in whole)  # as a convolution of stride 2, for odd sizes too
-        y = self.convs(F.interpolate(x, half, mode="bilinear", align_corners=self.align_corners))
+        y = self.convs(resize(x, half, self.align_corners))
         if self.stride == 1:
-            y = F.interpolate(y, whole, mode="bilinear", align_corners=self.align_corners)
+            y = resize(y, whole, self.align_corners)
         return self.act(y)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from segfast import _backend, ops
+from segfast.nn.convolution import require
 
 ACTIVATIONS = {nn.Identity: None, nn.ReLU: "relu", nn.ReLU6: "relu6", nn.SiLU: "silu", nn.Hardswish: "hardswish"}
 _MODULES = {name: kind for kind, name in ACTIVATIONS.items()}
@@ -39,7 +40,7 @@ class DSConv(nn.Module):
         dtype: of the parameters.
 
     Raises:
-        ValueError: an activation that is none of the choices.
+        ValueError: an activation that is none of the choices, no channels.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class DSConv(nn.Module):
         dtype=None,
     ):
         super().__init__()
+        require("DSConv", dw_channels=dw_channels, out_channels=out_channels)
         for name, value in (("dw_act", dw_act), ("act", act)):
             if value not in _MODULES:
                 raise ValueError(f"DSConv: want {name} one of {', '.join(map(repr, _MODULES))}, got {value!r}")

@@ -1,4 +1,4 @@
-"""Maps to other sizes: resizing, and pooling to a grid that exports."""
+"""Modules for maps of other sizes, and pooling to a grid that exports."""
 
 from __future__ import annotations
 
@@ -8,46 +8,7 @@ from torch import Tensor, nn
 
 from segfast import _backend
 from segfast.nn.convolution import Activation, activation, pair
-from segfast.nn.folding import quick
-
-
-def free(*sizes) -> bool:
-    """Whether any of the numbers is a free one of a graph that is being exported: a comparison would fix its answer."""
-    exporting = torch.compiler.is_exporting() and not _backend.is_capturing()
-    return exporting and any(isinstance(size, torch.SymInt) for size in sizes)
-
-
-def same_size(size, other) -> bool:
-    """Whether two sizes are equal; of free sizes of an exported graph, whether they are equal at every size of the images."""
-    if free(*size, *other):
-        from torch.fx.experimental.symbolic_shapes import statically_known_true  # brings sympy
-
-        return all(statically_known_true(a == b) for a, b in zip(size, other))
-    return tuple(size) == tuple(other)
-
-
-def resize(x: Tensor, size, align_corners: bool = False, mode: str = "bilinear") -> Tensor:
-    """(N, C, H, W) to (N, C, *size); the same tensor where that is its size already.
-
-    Args:
-        x: float.
-        size: (H', W').
-        align_corners: whether the corner pixels' centres are the corners of the scale (True) or the images' edges are
-            (False); bilinear only. It is part of a network: the other choice costs accuracy.
-        mode: "bilinear" or "nearest".
-    """
-    if same_size(x.shape[2:], size):
-        return x
-    if mode == "bilinear" and quick() and _backend.has_kernel("upsample_argmax", x) and not torch.jit.is_tracing():
-        # the result at image size is most of what a light network writes: its memory comes on large pages
-        y = _backend.empty((*x.shape[:2], *size), x)
-        return torch.ops.aten.upsample_bilinear2d.out(x, tuple(size), align_corners, None, None, out=y)
-    return F.interpolate(x, tuple(size), mode=mode, align_corners=align_corners if mode == "bilinear" else None)
-
-
-def laid_out(x: Tensor, like: Tensor) -> Tensor:
-    """x, without gradients in the layout of `like`: what was a pooled map of 1 x 1, whose layout is both, turns contiguous."""
-    return x.contiguous(memory_format=_backend.layout(like)) if quick() else x
+from segfast.nn.resize import resize, same_size
 
 
 def adaptive_avg_pool2d(x: Tensor, grid: int | tuple[int, int]) -> Tensor:
