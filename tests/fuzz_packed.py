@@ -146,6 +146,7 @@ def maps(x: Tensor, expanded: int, out: int, stride: list[int], add: bool):
             yield ops.resize(x, size, add, channels_last), exact
     exact = F.max_pool2d(x.double(), 3, stride, 1, ceil_mode=add)
     yield ops.max_pool(x, exact.shape[2:], [3, 3], stride, [1, 1], [1, 1]), exact
+    yield ops.argmax(x, 8).double(), x.argmax(1).double()
     yield ops.repeat_pixels(x, *stride), F.interpolate(x.double(), [h * stride[0], w * stride[1]])
     if x.dtype == torch.float32:
         code = ops.quantize_map(x, 0.1, 128)

@@ -109,6 +109,7 @@ def some(op, dtype, most):
     return samples if most >= len(samples) else [samples[i * len(samples) // most] for i in range(most)]
 
 
+@pytest.mark.drawn(1 / 2)
 @every_op
 @every_dtype
 def test_rule(op, dtype):
@@ -123,6 +124,7 @@ def test_rule(op, dtype):
         assert calls[schema] > before[schema], f"{schema}: its launcher never ran"
 
 
+@pytest.mark.drawn(1 / 4)
 @every_op
 @pytest.mark.parametrize("layout", testing.LAYOUTS)
 def test_layouts(op, layout):
@@ -130,6 +132,7 @@ def test_layouts(op, layout):
         check_rule(op, relaid(sample, layout), INPUTS.get(op))
 
 
+@pytest.mark.drawn(1 / 2)
 @every_op
 def test_drawn(op):
     def check(integer, choice):
@@ -144,6 +147,7 @@ def test_drawn(op):
     each_drawn(count(1 if op == "ds_conv" else 2, 300), check)
 
 
+@pytest.mark.drawn(1 / 2)
 @every_op
 def test_reads_nothing_outside(op):
     """The interpreter loads out of bounds without a word: here every input lies in NaNs, and torch.empty is NaN too."""
@@ -260,6 +264,7 @@ def test_a_label_outside_the_classes_is_named(capsys):
     assert re.findall(r"\[(-?\d+)\]", capsys.readouterr().out) == ["-1", "1", "6", "3"]
 
 
+@pytest.mark.drawn(1 / 3)
 @every_op
 def test_opcheck(op):
     for sample in some(op, torch.float32, count(1, 20)):

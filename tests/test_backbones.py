@@ -96,6 +96,7 @@ def allocate(build) -> nn.Module:
     return module.to_empty(device="cpu")
 
 
+@pytest.mark.drawn(1 / 2)
 @pytest.mark.parametrize("name", CLASSIFIERS)
 def test_counts_of_timms(name):
     extra("timm")
@@ -126,6 +127,7 @@ def test_counts_of_shufflenets(kind, options, number, expected):
         assert macs(network.classify, 1, 3, 224, 224) == pytest.approx(expected, rel=0.02)
 
 
+@pytest.mark.drawn(1 / 2)
 @pytest.mark.parametrize("name", [*OURS, *FAMILIES, "mobilenetv1"])
 def test_pyramid(name):
     if name in _registry.TIMM:

@@ -372,6 +372,7 @@ def plain_esp(unit, x):
     return unit.act(unit.bn(x + y if unit.residual else y))
 
 
+@pytest.mark.drawn(1 / 3)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("act", ["prelu", "relu", None, "leaky_relu"])
 @pytest.mark.parametrize(("shape", "options"), [((11, 24), {"stride": 2}), ((24, 24), {}), ((7, 8), {}), ((9, 9), {"rates": 1})])

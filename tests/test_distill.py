@@ -885,6 +885,7 @@ def course(fused, steps, seed, dtype, layout=torch.contiguous_format, nudge=0.0)
     return losses
 
 
+@pytest.mark.drawn(1 / 2)
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=("float32", "bfloat16"))
 def test_one_step(dtype):
     """The loss and every gradient of one step from the same state are within the error rule of the ops."""
@@ -917,6 +918,7 @@ def test_one_step(dtype):
         judge("a step", ["outputs[0]", *(f"grads {key}" for key in names)], actual, run, call, torch.float32)
 
 
+@pytest.mark.drawn(1 / 2)
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=("float32", "bfloat16"))
 def test_convergence(dtype):
     """The mean loss of the last quarter is as near to eager's as twice the gap between eager runs that differ in rounding.

@@ -56,6 +56,7 @@ def test_declared_counts(network):
     assert "arXiv" in network.paper
 
 
+@pytest.mark.drawn(1 / 3)
 @pytest.mark.parametrize("size", [(64, 96), (65, 97), (33, 50), (32, 32)])
 def test_any_size(network, built, size):
     model = built(network.name)
@@ -71,6 +72,7 @@ def test_any_size(network, built, size):
     assert logits.isfinite().all()
 
 
+@pytest.mark.drawn(1 / 3)
 def test_every_parameter_gets_a_gradient(network):
     model = segfast.create_model(network.name, 4)
     model(torch.randn(2, 3, 64, 64)).square().mean().backward()
@@ -82,12 +84,14 @@ def test_every_parameter_gets_a_gradient(network):
         assert parameter.grad.isfinite().all(), name
 
 
+@pytest.mark.drawn(1 / 3)
 def test_one_image_trains(network):
     model = segfast.create_model(network.name, 2)
     model(torch.randn(1, 3, 96, 128)).square().mean().backward()
     assert all(p.grad is not None for name, p in model.named_parameters() if not name.startswith(model.idle))
 
 
+@pytest.mark.drawn(1 / 2)
 def test_images_do_not_see_each_other(network, built):
     model = built(network.name)
     images = torch.randn(2, 3, 64, 96)
@@ -95,6 +99,7 @@ def test_images_do_not_see_each_other(network, built):
         logits_close(model(images)[1:], model(images[1:]))
 
 
+@pytest.mark.drawn(1 / 2)
 def test_quick_and_plain_agree(network, built):
     """Without gradients BatchNorms are folded and results overwritten, with them not; images and features stay whole."""
     model = built(network.name)
@@ -112,6 +117,7 @@ def test_quick_and_plain_agree(network, built):
         logits_close(features[name], x.detach())
 
 
+@pytest.mark.drawn(1 / 2)
 def test_state_dict_comes_back(network, built):
     first, second = built(network.name), segfast.create_model(network.name, 5).eval()
     second.load_state_dict(first.state_dict())
@@ -120,6 +126,7 @@ def test_state_dict_comes_back(network, built):
         assert torch.equal(first(images), second(images))
 
 
+@pytest.mark.drawn(1 / 2)
 def test_channels_last(network, built):
     model = built(network.name)
     images = torch.randn(1, 3, 128, 160)
@@ -140,6 +147,7 @@ def test_vmap():
         logits_close(torch.func.vmap(model)(images).flatten(0, 1), model(images.flatten(0, 1)))
 
 
+@pytest.mark.drawn(1 / 2)
 def test_autocast(network, built):
     model = built(network.name)
     images = torch.randn(1, 3, 64, 96)
@@ -152,7 +160,7 @@ def test_autocast(network, built):
     assert error < 0.1
 
 
-@pytest.mark.parametrize("name", drawn(8))
+@pytest.mark.parametrize("name", drawn(4))
 def test_compiles_as_one_graph(built, name):
     model = built(name)
     images = torch.randn(1, 3, 65, 97)
@@ -161,6 +169,7 @@ def test_compiles_as_one_graph(built, name):
         logits_close(torch.compile(model, fullgraph=True, backend="aot_eager")(images), model(images))
 
 
+@pytest.mark.drawn(1 / 3)
 def test_exports(network, built):
     model = built(network.name)
     images = torch.randn(1, 3, 65, 97)
@@ -170,7 +179,7 @@ def test_exports(network, built):
         logits_close(program.module()(images), model(images))
 
 
-@pytest.mark.parametrize("name", drawn(2))
+@pytest.mark.parametrize("name", drawn(1))
 def test_onnx(built, name, tmp_path):
     pytest.importorskip("onnxscript")
     runtime = pytest.importorskip("onnxruntime")
@@ -289,6 +298,7 @@ def test_errors():
         register_model(paper="", parameters=0, macs=0)(NETWORKS["fast_scnn"].build)
 
 
+@pytest.mark.drawn(1 / 3)
 def test_predict(network):
     model = segfast.create_model(network.name, 5)
     image = np.random.default_rng(0).integers(0, 256, (45, 70, 3), dtype=np.uint8)
@@ -307,6 +317,7 @@ def test_predict(network):
             model.predict(wrong)
 
 
+@pytest.mark.drawn(1 / 2)
 @pytest.mark.parametrize("name", segfast.list_models())
 def test_hooks_see_what_a_layer_gave(name):
     """One layer watched at a time, drawn by the commit: what its hook kept is not overwritten later."""

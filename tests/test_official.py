@@ -63,6 +63,7 @@ def test_tensors_that_are_no_weights(key, value):
         segfast.load_official("espnet", {**weights, key: value})
 
 
+@pytest.mark.drawn(1 / 3)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_what_was_loaded_is_saved_and_built_again(case, tmp_path):
     model, _ = load(case, json.loads((STORED / f"{case.name}.json").read_text())["shapes"])

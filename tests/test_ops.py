@@ -91,6 +91,7 @@ def test_rule(op, name, dtype, kernel_set):
     check_rule(op, sample_of(op, name, dtype))
 
 
+@pytest.mark.drawn(1 / 2)
 @every_sample
 def test_gradient_on_a_subset(op, name, kernel_set):
     sample = sample_of(op, name, torch.float32)
@@ -101,6 +102,7 @@ def test_gradient_on_a_subset(op, name, kernel_set):
         check_rule(op, sample, subset)
 
 
+@pytest.mark.drawn(1 / 2)
 @every_op
 @every_dtype
 @pytest.mark.parametrize("layout", testing.LAYOUTS)
@@ -109,6 +111,7 @@ def test_layouts(op, dtype, layout, kernel_set):
         check_rule(op, relaid(sample, layout))
 
 
+@pytest.mark.drawn(1 / 2)
 @compiled
 @every_op
 @every_dtype
@@ -126,6 +129,7 @@ def test_the_kernel_runs(op, dtype, kernel_set):
                 assert name in grown or name.removesuffix("_backward") in grown, f"{raw}: its counter stood still, {grown} grew"
 
 
+@pytest.mark.drawn(1 / 4)
 @compiled
 @every_op
 @every_dtype
@@ -188,6 +192,7 @@ def compare_compiled(op: str, sample: testing.Sample, backend: str) -> None:
                 assert error(a, e) <= 8 * eps(a) * scale(e), f"{op} {sample} through {backend}"
 
 
+@pytest.mark.drawn(1 / 2)
 @every_op
 def test_compile_fullgraph(op):
     for sample in few(op, torch.float32, 3):
@@ -199,6 +204,7 @@ def test_compile_inductor(op):
     compare_compiled(op, few(op, torch.float32, 2)[0], "inductor")
 
 
+@pytest.mark.drawn(1 / 2)
 @every_op
 def test_compile_dynamic_shapes(op):
     torch._dynamo.reset()
@@ -309,6 +315,7 @@ def test_memory_is_written_before_it_is_read(op, dtype, kernel_set):
             assert same_bits(a, e), f"{op} {sample}"
 
 
+@pytest.mark.drawn(1 / 3)
 @compiled
 @every_op
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=("float32", "bfloat16"))

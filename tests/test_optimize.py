@@ -157,11 +157,13 @@ def drawn(ci: int) -> list[str]:
     return random.Random(seed_of_commit()).sample(names, count(ci, len(names)))
 
 
+@pytest.mark.drawn(1 / 2)
 @pytest.mark.parametrize("name", drawn(10))
 def test_zoo(name):
     golden(name, check(zoo(name), torch.randn(1, 3, 64, 96)))
 
 
+@pytest.mark.drawn(1 / 3)
 @pytest.mark.parametrize("name", OTHERS)
 def test_networks_of_others(name):
     torch.manual_seed(0)
@@ -959,6 +961,7 @@ class Decoder(nn.Module):
         return (self.scores(y), y) if self.twice else self.scores(y)
 
 
+@pytest.mark.drawn(1 / 2)
 @pytest.mark.skipif(_memory.place_next is None, reason="no kernels")
 @pytest.mark.parametrize(
     ("options", "kind"),

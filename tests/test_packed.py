@@ -79,6 +79,7 @@ def check(title: str, kernel, reference, x, weights, added: bool) -> None:
         torch.set_num_threads(threads)
 
 
+@pytest.mark.drawn(1 / 2)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("kind", ["dense", "depthwise", "pointwise", "separable", "inverted"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -369,6 +370,7 @@ def same_on_threads(run, *args) -> torch.Tensor:
     return y
 
 
+@pytest.mark.drawn(1 / 2)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("kind", ["dense", "depthwise", "pointwise", "separable", "inverted"])
 def test_int8_has_the_bits_of_its_reference(kernel_set, kind, shape):

@@ -61,6 +61,7 @@ def test_concat_affine(kernel_set, dtype, after, added, affine):  # noqa: F811
     assert OPS.concat_affine([torch.randn(0, 3, 4, 4)], None, None, None, None, False).shape == (0, 3, 4, 4)
 
 
+@pytest.mark.drawn(1 / 2)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("align_corners", [False, True])

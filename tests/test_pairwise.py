@@ -167,6 +167,7 @@ def near(teacher, kind, noise, channels):
     return student
 
 
+@pytest.mark.drawn(1 / 3)
 @pytest.mark.parametrize("nodes", [6, 20, 48])
 @pytest.mark.parametrize("kind, channels", [("aligned", 32), ("rotated", 32), ("permuted", 32), ("isometry", 70)])
 def test_accurate_near_the_teacher(kind, channels, nodes):

@@ -82,6 +82,7 @@ assert status == int.from_bytes(bytes.fromhex(digests[-1][:2])) // 2, status
     run(code)
 
 
+@pytest.mark.drawn(1 / 2)
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_loader_workers(method):
     if method not in torch.multiprocessing.get_all_start_methods():

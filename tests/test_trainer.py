@@ -121,6 +121,7 @@ def test_tensorboard_events(tmp_path):
         assert [value for _, value in values] == pytest.approx([value for _, value in logged], rel=1e-6)
 
 
+@pytest.mark.drawn(1 / 2)
 @pytest.mark.parametrize("method", [None, "pixel-wise+overhaul"])
 def test_compiled_runs_take_the_same_steps(tmp_path, teacher, monkeypatch, method):
     options = {**TINY, "model": "unet", "model_options": {"width": 2}, "steps": 3, "examples": 0, "ema": 0.9, "optimizer": "sgd"}
@@ -158,6 +159,7 @@ VARIANTS = {
 }  # fmt: skip
 
 
+@pytest.mark.drawn(1 / 2)
 @pytest.mark.parametrize("name", VARIANTS)
 def test_resume_is_exact(tmp_path, teacher, name):
     options = {**TINY, **VARIANTS[name]}
@@ -303,6 +305,35 @@ def test_a_file_that_cannot_be_read_loses_no_step(tmp_path, monkeypatch, workers
     assert checkpoint.load_state(tmp_path / "run" / "state.safetensors")["step"] == step
     monkeypatch.undo()
     assert fit(Config(**options), tmp_path / "run")["miou"] == whole["miou"]
+
+
+KEEPER = textwrap.dedent(
+    """
+    import json, sys
+    import torch
+    from segfast.data import SyntheticStreets
+    from segfast.engine import Config, fit
+
+    def read(self, index):
+        raise ValueError("cannot read it")
+
+    torch.set_num_threads(1)
+    SyntheticStreets.__getitem__ = read
+    try:
+        fit(Config(**json.loads(sys.argv[1])), sys.argv[2])
+    except ValueError as error:
+        kept = error
+    print(kept)
+    """
+)
+
+
+def test_a_program_that_keeps_the_error_of_a_run_ends(tmp_path):
+    """The error keeps the processes that load data; at the program's exit they end."""
+    command = [sys.executable, "-c", KEEPER, json.dumps({**TINY, "workers": 2}), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == "cannot read it. No state was saved yet\n"
 
 
 def test_signal_to_all_processes_of_a_run(tmp_path):
@@ -686,6 +717,7 @@ def test_a_loss_that_is_not_finite_in_one_process_stops_all(tmp_path):
         assert [int(number) for number in re.findall(r"scene (\d+) of", error)] == second
 
 
+@pytest.mark.drawn(1 / 2)
 @pytest.mark.parametrize(
     "launcher",
     [

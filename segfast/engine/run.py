@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import multiprocessing
 import os
 import signal
 import threading
@@ -181,6 +182,17 @@ def be_quiet(_: int) -> None:
     """In a process that loads data: the signals that end a run are the main process's, which ends this one when it has saved."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # Linux
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # blocked, not thrown away: the thread sees who sent it
+        threading.Thread(target=obey, daemon=True).start()
+
+
+def obey() -> None:
+    """Ends this process when the one that started it says so: at its exit that waits for the children which it told to end."""
+    parent = multiprocessing.parent_process().pid
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)
 
 
 class Unreadable(ValueError):

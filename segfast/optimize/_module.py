@@ -445,7 +445,7 @@ def optimize(
         class_dtype: of int64 results, such as class maps: torch.uint8, torch.int32 or torch.int64; None: as they are.
 
     Raises:
-        TypeError: model is not an nn.Module, or the example holds no tensor.
+        TypeError: model is not an nn.Module, or the example holds something but no tensor.
         ValueError: a network in training mode, with parameters that hold no data, or without any module to run; another dtype.
     """
     if not isinstance(model, nn.Module):
@@ -461,7 +461,7 @@ def optimize(
         if isinstance(tensor, nn.parameter.UninitializedTensorMixin) or tensor.device.type == "meta":
             raise ValueError(f"optimize: want a network with its weights loaded, got {name} without data")
     leaves, structure = tree_flatten(((example if isinstance(example, tuple) else (example,)), {}))
-    if example is not None and not any(isinstance(leaf, Tensor) for leaf in leaves):
+    if example is not None and leaves and not any(isinstance(leaf, Tensor) for leaf in leaves):
         raise TypeError(f"optimize: want a tensor or a tuple of inputs as the example, got {type(example).__name__}")
     optimized = OptimizedModel(model, dtype, class_dtype)
     if example is not None:
