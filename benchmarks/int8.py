@@ -107,7 +107,9 @@ def speed(name: str, size: tuple[int, int], seconds: float) -> None:
                     raise SystemExit(f"{way}: {same:.2%} of the classes are those of the quantised graph: not measured")
             taken = interleave(calls, seconds)
     times = {way: round(statistics.median(values), 3) for way, values in taken.items()}
-    keep("speed", f"{name} {size[0]}x{size[1]}", {"milliseconds": times, "absent": absent, "environment": facts()})
+    about = facts()
+    where = f"{about['processor'].removesuffix(' Processor')}, {about['kernel set'].split()[0]}"
+    keep("speed", f"{name} {size[0]}x{size[1]}, {where}", {"milliseconds": times, "absent": absent, "environment": about})
     print(times, flush=True)
 
 
@@ -161,7 +163,7 @@ def text(results: dict) -> str:
         times = entry["milliseconds"]
         cells = [f"{times[way]:.1f}" if way in times else "–" for way in WAYS]
         rows.append([name, *cells, f"{times['segfast float32'] / times['segfast int8']:.2f}", ratio(times)])
-    lines += [table(["network, size", *WAYS, "against float32", "against the best peer"], rows), ""]
+    lines += [table(["network, size, processor, kernel set", *WAYS, "against float32", "against the best peer"], rows), ""]
     lines += [
         "## CamVid",
         "",
