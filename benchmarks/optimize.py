@@ -298,6 +298,11 @@ def text(results: dict, others: dict[str, dict]) -> str:
     return "\n".join(parts).rstrip() + "\n"
 
 
+def current() -> str:
+    """docs/optimize.md from what was measured."""
+    return text(stored(MAIN), {kernels: stored(path) for kernels, path in OTHERS.items()})
+
+
 def readme(results: dict) -> str:
     """README.md with its table of whole networks filled anew."""
     ways = ("segfast", "onnxruntime", "openvino", "inductor", "channels_last")
@@ -345,7 +350,7 @@ def main() -> None:
         checkpoint.write(RESULTS, json.dumps(stored() | {name: entry}, indent=1) + "\n")
         print(name, entry["megabytes"], flush=True)
     if arguments.docs or arguments.row or arguments.memory:
-        checkpoint.write(PAGE, text(stored(MAIN), {kernels: stored(path) for kernels, path in OTHERS.items()}))
+        checkpoint.write(PAGE, current())
         checkpoint.write(README, readme(stored(MAIN)))
 
 

@@ -321,7 +321,8 @@ def plain_inverted(unit, x):
 def plain_v1(unit, x):
     y = unit.compress(x)
     n, c, h, w = y.shape
-    y = y.view(n, unit.groups, c // unit.groups, h, w).transpose(1, 2).reshape(n, c, h, w)
+    shuffled = y.view(n, unit.groups, c // unit.groups, h, w).transpose(1, 2).reshape(n, c, h, w)
+    y = torch.empty_like(y).copy_(shuffled)  # in its layout: PyTorch's BatchNorm is less exact in channels_last
     y = unit.expand(unit.depthwise(y))
     return F.relu(x + y) if unit.stride == 1 else F.relu(torch.cat([y, F.avg_pool2d(x, 3, 2, 1)], 1))
 
