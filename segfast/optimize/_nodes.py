@@ -582,6 +582,8 @@ class Builder:
         if op.kind == "matmul" and all(isinstance(a, Op) and a.shape for a in op.args):
             # Of pooling by matrices: ATen goes over a channels_last map channel by channel.
             return "ATen", lambda *xs: target(*(x.contiguous() for x in xs)), operands(op)
+        if op.kind == "group_norm" and batch:
+            target = group_norm
         if op.kind == "view" and target._overloadname == "default":
             target = aten.reshape.default  # the map may lie in memory otherwise than in the graph
         return self.call(step, target, op.args, "ATen")
@@ -626,6 +628,15 @@ def chain(made: list[tuple[str, Run, list[Op]]], step: Step) -> tuple[str, Run, 
         return final(x, *add)
 
     return ", ".join(how for how, _, _ in made), final if not before else run, step.inputs
+
+
+def group_norm(x: Tensor, groups: int, *others, **options) -> Tensor:
+    """PyTorch's, of a map around its groups' means: its variance of a channels_last one is mean(x^2) - mean(x)^2, in float32."""
+    if x.dtype == torch.float32 and x.is_cpu and not x.is_contiguous():
+        n, c = x.shape[:2]
+        means = x.mean((2, 3)).view(n, groups, -1).mean(2, keepdim=True).expand(n, groups, c // groups)
+        x = x - means.reshape(n, c, 1, 1)
+    return aten.group_norm.default(x, groups, *others, **options)
 
 
 def last(tensors: tuple) -> list[Tensor]:
