@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.flop_counter import FlopCounterMode
 
 from segfast import _backend, testing
@@ -401,6 +402,7 @@ def test_esp_joins_in_one_pass(shape, options, act, dtype):
     ("build", "message"),
     [
         (lambda: sf.ESP(8, 8, rates=0), "ESP: want rates >= 1, got 0"),
+        (lambda: sf.DSConv(4, 2.5), "DSConv: want out_channels >= 1, got 2.5"),
         (lambda: sf.ConvBNAct(4, 0), "ConvBNAct: want out_channels >= 1, got 0"),
         (lambda: sf.DSConv(0, 4), "DSConv: want dw_channels >= 1, got 0"),
         (lambda: sf.ESP(0, 8), "ESP: want in_channels >= 1, got 0"),
@@ -541,6 +543,47 @@ def test_resize_takes_its_kernel_where_nothing_else_is_wanted():
     assert "segfast" not in str(traced.graph) + str(exported.graph)
     if compiled:
         assert calls_of_resize() == before + 2
+
+
+@pytest.mark.parametrize("size", [(7,), (7, 8, 9), (True, 8), (0, 8)])
+def test_resize_refuses_the_same_without_gradients(size):
+    x = torch.randn(1, 3, 9, 13)
+    with pytest.raises((ValueError, TypeError, RuntimeError)) as plain:
+        sf.resize(x, size)
+    with torch.no_grad(), pytest.raises(plain.type) as quick:
+        sf.resize(x, size)
+    assert str(quick.value) == str(plain.value)
+
+
+def test_forward_derivatives_without_gradients():
+    """no_grad does not end forward-mode AD."""
+    x, direction = torch.randn(2, 1, 4, 9, 13).double()
+    zoomed = randomise(sf.ZoomedConv(4, 6)).double().eval()
+    for function in (lambda v: sf.resize(v, (18, 20)), zoomed):
+
+        def derivative(dtype):
+            with torch.autograd.forward_ad.dual_level():
+                dual = torch.autograd.forward_ad.make_dual(x.to(dtype), direction.to(dtype))
+                return torch.autograd.forward_ad.unpack_dual(function(dual)).tangent  # noqa: B023
+
+        exact = derivative(torch.float64)
+        zoomed.float()
+        with torch.no_grad():
+            torch.testing.assert_close(derivative(torch.float32).double(), exact, rtol=1e-4, atol=1e-4)
+        zoomed.double()
+
+
+def test_maps_of_the_kernels_in_traced_graphs():
+    """Their fakes: sizes and strides are those of the kernels."""
+    if _backend._C is None or _backend.requested != "auto":
+        pytest.skip("no kernels")
+    with torch.no_grad():
+        for layout in (torch.contiguous_format, torch.channels_last):
+            x = torch.randn(2, 4, 5, 6).contiguous(memory_format=layout)
+            graph = make_fx(lambda v: sf.resize(v, (7, 8)), tracing_mode="real")(x)
+            compiled = torch.compile(graph, fullgraph=True, backend="aot_eager")(x)
+            assert torch.equal(compiled, graph(x))
+            assert compiled.stride() == graph(x).stride()
 
 
 def test_columns_of_an_exported_grid_are_those_of_the_rounding(monkeypatch):

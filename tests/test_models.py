@@ -274,6 +274,10 @@ def test_errors():
         segfast.create_model("fastscnn")
     with pytest.raises(ValueError, match="num_classes >= 1, got 0"):
         segfast.create_model("fast_scnn", 0)
+    for wrong in (None, 3, ["fast_scnn"]):
+        with pytest.raises(TypeError, match="create_model: want a network's name"):
+            segfast.create_model(wrong)
+    assert segfast.create_model("fast_scnn", np.int64(7)).num_classes == 7
     with pytest.raises(TypeError, match="depth"):
         segfast.create_model("fast_scnn", depth=3)
     with pytest.raises(ValueError, match="width > 0, got 0"):

@@ -448,8 +448,9 @@ def test_raises_where_eager_does():
 def test_refusals(small):
     with pytest.raises(TypeError, match=r"want an nn.Module, got OrderedDict"):
         segfast.optimize(small.state_dict())
-    with pytest.raises(TypeError, match=r"want a tensor or a tuple of inputs as the example, got str"):
-        segfast.optimize(small, "512x1024")
+    for wrong in ("512x1024", (1, 3, 64, 64), [], {}):
+        with pytest.raises(TypeError, match=re.escape(f"tuple of inputs as the example, got {wrong!r}, without a tensor")):
+            segfast.optimize(small, wrong)
     training = copy.deepcopy(small)
     training.inverted.train()
     with pytest.raises(ValueError, match=r"evaluation mode .*, got inverted.* in training mode"):

@@ -336,6 +336,37 @@ def test_a_program_that_keeps_the_error_of_a_run_ends(tmp_path):
     assert done.stdout == "cannot read it. No state was saved yet\n"
 
 
+LOADER = textwrap.dedent(
+    """
+    import sys
+    from torch.utils.data import DataLoader
+    from segfast.engine.run import be_quiet
+
+    if __name__ == "__main__":
+        given = {"num_workers": 1, "worker_init_fn": be_quiet, "multiprocessing_context": "forkserver"}
+        batches = iter(DataLoader(range(1000), **given))
+        next(batches)
+        print(batches._workers[0].pid, flush=True)
+        sys.stdin.read()
+    """
+)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_loaders_of_a_killed_program_end(tmp_path):
+    """Under forkserver PyTorch's own watch looks at the server."""
+    (tmp_path / "program.py").write_text(LOADER)
+    command = [sys.executable, str(tmp_path / "program.py")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as started:
+        status = Path("/proc", started.stdout.readline().strip(), "status")
+        assert status.is_file()
+        started.kill()
+    until = time.monotonic() + 60
+    while status.is_file() and "State:\tZ" not in status.read_text():
+        assert time.monotonic() < until, status.read_text()
+        time.sleep(0.1)
+
+
 def test_signal_to_all_processes_of_a_run(tmp_path):
     """SIGTERM to the group, as schedulers send it: the processes that load data stay until the state is saved."""
     options = [

@@ -62,8 +62,10 @@ def create_backbone(name: str, pretrained: bool = False, weights: str | Path | N
         ImportError: timm or torchvision is needed and missing.
         RuntimeError: the weights are of another network, or cannot be downloaded.
         FileNotFoundError: there is no such file.
-        TypeError: an option that the encoder does not have.
+        TypeError: an option that the encoder does not have, or a name that is none.
     """
+    if not isinstance(name, str):
+        raise TypeError(f"create_backbone: want an encoder's name, got {name!r}")
     if name not in OWN and name not in TIMM:
         names = list_backbones()
         near = difflib.get_close_matches(name, names, n=3, cutoff=0.4)

@@ -182,16 +182,21 @@ def be_quiet(_: int) -> None:
     """In a process that loads data: the signals that end a run are the main process's, which ends this one when it has saved."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):  # Linux
+    if hasattr(signal, "sigtimedwait"):  # Linux
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # blocked, not thrown away: the thread sees who sent it
         threading.Thread(target=obey, daemon=True).start()
 
 
 def obey() -> None:
-    """Ends this process when the one that started it says so: at its exit that waits for the children which it told to end."""
-    parent = multiprocessing.parent_process().pid
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
-        pass
+    """Ends this process when the one that started it says so, as it does at its exit, or is no more.
+
+    PyTorch's own watch looks at the parent, which under forkserver is the server.
+    """
+    parent = multiprocessing.parent_process()
+    while parent.is_alive():
+        told = signal.sigtimedwait({signal.SIGTERM}, 2)
+        if told is not None and told.si_pid == parent.pid:
+            break
     os._exit(0)
 
 

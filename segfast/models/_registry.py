@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from segfast._backend import is_whole
+
 
 @dataclass(frozen=True)
 class Published:
@@ -95,15 +97,17 @@ def create_model(name: str, num_classes: int = 19, backbone: str | None = None, 
 
     Raises:
         ValueError: no such network (the nearest names are suggested), or num_classes < 1.
-        TypeError: an option that the network does not have.
+        TypeError: an option that the network does not have, or a name that is none.
     """
+    if not isinstance(name, str):
+        raise TypeError(f"create_model: want a network's name, got {name!r}")
     if name not in NETWORKS:
         raise unknown("create_model", name, NETWORKS)
-    if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 1:
-        raise ValueError(f"create_model: want num_classes >= 1, got {num_classes}")
+    if not is_whole(num_classes) or num_classes < 1:
+        raise ValueError(f"create_model: want num_classes >= 1, got {num_classes!r}")
     made_with = {"backbone": backbone, "options": dict(options)}
     if backbone is not None:
         options["backbone"] = backbone
-    model = NETWORKS[name].build(num_classes=num_classes, **options)
+    model = NETWORKS[name].build(num_classes=int(num_classes), **options)
     model.name, model.made_with = name, made_with
     return model

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from segfast import _backend, ops
-from segfast.nn.convolution import require
+from segfast.nn.convolution import pair, require, same_padding
 
 ACTIVATIONS = {nn.Identity: None, nn.ReLU: "relu", nn.ReLU6: "relu6", nn.SiLU: "silu", nn.Hardswish: "hardswish"}
 _MODULES = {name: kind for kind, name in ACTIVATIONS.items()}
@@ -66,9 +66,8 @@ class DSConv(nn.Module):
         for name, value in (("dw_act", dw_act), ("act", act)):
             if value not in _MODULES:
                 raise ValueError(f"DSConv: want {name} one of {', '.join(map(repr, _MODULES))}, got {value!r}")
-        if padding is None:
-            pairs = ((v, v) if isinstance(v, int) else v for v in (kernel_size, dilation))
-            padding = tuple(d * (k - 1) // 2 for k, d in zip(*pairs))
+        kernel_size, stride, dilation = (tuple(map(int, pair(v))) for v in (kernel_size, stride, dilation))
+        padding = same_padding(kernel_size, dilation) if padding is None else tuple(map(int, pair(padding)))
         where = {"device": device, "dtype": dtype}
         options = {"eps": (eps, 1e-5), "momentum": (momentum, 0.1), "device": (device, None), "dtype": (dtype, None)}
         norm = {name: value for name, (value, default) in options.items() if value != default}

@@ -44,7 +44,7 @@ def quick() -> bool:
 
     Hooks of a module are seen by `plainly` and `watched`.
 
-    Nor a transform of torch.func, whose tensors do not tell their layout.
+    Nor a transform of torch.func, whose tensors do not tell their layout, nor forward-mode AD, which no_grad does not end.
     """
     return not (
         torch.is_grad_enabled()
@@ -52,7 +52,7 @@ def quick() -> bool:
         or torch.jit.is_tracing()
         or _has_any_global_hook()
         or getattr(_local, "plain", None)
-        or torch._C._functorch.peek_interpreter_stack() is not None
+        or _backend.is_transformed()
     )
 
 

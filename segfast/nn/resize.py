@@ -41,9 +41,15 @@ def resize(x: Tensor, size, align_corners: bool = False, mode: str = "bilinear")
     """
     if same_size(x.shape[2:], size):
         return x
-    if mode == "bilinear" and HAS_KERNEL and quick() and type(x) is Tensor and x.is_cpu and x.dtype in DTYPES:
+    if mode == "bilinear" and HAS_KERNEL and quick() and plain(x, size, align_corners):
         return torch.ops.segfast.resize(x, tuple(size), align_corners, _backend.layout(x) is torch.channels_last)
     return F.interpolate(x, tuple(size), mode=mode, align_corners=align_corners if mode == "bilinear" else None)
+
+
+def plain(x: Tensor, size, align_corners) -> bool:
+    """Whether all is as the kernel takes it; PyTorch says what is wrong with the rest."""
+    mine = type(x) is Tensor and x.is_cpu and x.layout is torch.strided and x.dtype in DTYPES and x.dim() == 4 and x.shape[1] > 0
+    return mine and type(align_corners) is bool and len(size) == 2 and all(type(s) is int and s > 0 for s in size)
 
 
 def laid_out(x: Tensor, like: Tensor) -> Tensor:

@@ -137,12 +137,14 @@ class Upsample(nn.Module):
     def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
         """(N, C, H, W) to (N, C', factor H, factor W), or to `size`: of a transposed convolution what is over is cut off.
 
+        The other modes return x itself where that is its size.
+
         Raises:
             ValueError: `size` is larger than the transposed convolution's result.
         """
         height, width = (self.factor * s for s in x.shape[2:])
         if self.mode != "transposed":
-            return resize(x, size or (height, width), self.align_corners, self.mode)
+            return resize(x, (height, width) if size is None else size, self.align_corners, self.mode)
         if size is None:
             return self.conv(x)
         if size[0] > height or size[1] > width:

@@ -3,8 +3,8 @@
 Importing this module defines `torch.ops.segfast.pack_*`, `packed_*` and what joins maps; activations are the numbers of
 `ds_conv.ACTIVATIONS`, and 5 for leaky ReLU of slope 0.01. Weights are given in float32 and packed for the dtype of the maps: in
 bfloat16 those of the products are rounded to it. A packed weight is opaque bytes, from which no fake tensor can tell the number
-of output channels: but for `packed_int8`, which is told, and `quantize_map` and `dequantize_map`, there are no fakes, and the
-operations are to be called on real tensors only, never inside a graph that is traced.
+of output channels: but for `packed_int8`, which is told, and the maps' `concat_affine`, `resize`, `quantize_map` and
+`dequantize_map` there are no fakes, and the operations are to be called on real tensors only, never in a graph that is traced.
 """
 
 from __future__ import annotations
@@ -58,6 +58,18 @@ def _(x, packed, shape, stride, padding, dilation, add=None, add_scale=1.0, add_
     reach = [d * (k - 1) + 1 for d, k in zip(dilation, shape[1:])]
     size = [(n + 2 * p - r) // s + 1 for n, p, r, s in zip(x.shape[2:], padding, reach, stride)]
     return x.new_empty((x.shape[0], shape[0], *size)).contiguous(memory_format=torch.channels_last)
+
+
+@torch.library.register_fake("segfast::concat_affine")
+def _(xs, add, scale, shift, slope, relu):
+    y = xs[0].new_empty((xs[0].shape[0], sum(x.shape[1] for x in xs), *xs[0].shape[2:]))
+    return y.contiguous(memory_format=torch.channels_last)
+
+
+@torch.library.register_fake("segfast::resize")
+def _(x, size, align_corners, channels_last):
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    return x.new_empty((*x.shape[:2], *size)).contiguous(memory_format=layout)
 
 
 @torch.library.register_fake("segfast::quantize_map")

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import ctypes
 import functools
+import reprlib
 import statistics
 import sys
 import threading
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
+from segfast import _backend
 from segfast.optimize._capture import Capture, Graph, NotCaptured, Op, capture, first_line, key
 from segfast.optimize._memory import Plan, borrow, give_back, place_next
 from segfast.optimize._nodes import Builder, Weights
@@ -268,7 +270,7 @@ class OptimizedModel(nn.Module):
     __call__ = nn.Module._wrapped_call_impl
 
     def forward(self, *args, **kwargs):
-        if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._functorch.peek_interpreter_stack() is not None:
+        if torch.compiler.is_compiling() or torch.jit.is_tracing() or _backend.is_transformed():
             return self.model(*args, **kwargs)
         flat, structure = tree_flatten((args, kwargs))
         tensors = [v for v in flat if isinstance(v, Tensor)]
@@ -445,7 +447,7 @@ def optimize(
         class_dtype: of int64 results, such as class maps: torch.uint8, torch.int32 or torch.int64; None: as they are.
 
     Raises:
-        TypeError: model is not an nn.Module, or the example holds something but no tensor.
+        TypeError: model is not an nn.Module, or the example holds no tensor.
         ValueError: a network in training mode, with parameters that hold no data, or without any module to run; another dtype.
     """
     if not isinstance(model, nn.Module):
@@ -461,8 +463,11 @@ def optimize(
         if isinstance(tensor, nn.parameter.UninitializedTensorMixin) or tensor.device.type == "meta":
             raise ValueError(f"optimize: want a network with its weights loaded, got {name} without data")
     leaves, structure = tree_flatten(((example if isinstance(example, tuple) else (example,)), {}))
-    if example is not None and leaves and not any(isinstance(leaf, Tensor) for leaf in leaves):
-        raise TypeError(f"optimize: want a tensor or a tuple of inputs as the example, got {type(example).__name__}")
+    inputs = example is not None and not (isinstance(example, tuple) and not example)
+    if inputs and not any(isinstance(leaf, Tensor) for leaf in leaves):
+        raise TypeError(
+            f"optimize: want a tensor or a tuple of inputs as the example, got {reprlib.repr(example)}, without a tensor"
+        )
     optimized = OptimizedModel(model, dtype, class_dtype)
     if example is not None:
         optimized._ready(leaves, structure)
