@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from segfast import _backend
 from segfast._packages import need
 from segfast.engine import checkpoint
 from segfast.engine.run import Network
@@ -75,17 +76,29 @@ def load(path: str | Path) -> Artefact:
     raise ValueError(f"{path}: want a file that ends in {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}")
 
 
+# ONNX Runtime on processors without dot products of bytes, where its sums of 16 bits saturate: with other weights, or in float.
+# The first rewrites weights, which fails where layers share them, as those of SwiftNet's pyramid do.
+EXACT = ("session.x64quantprecision", "session.disable_quant_qdq")
+
+
 class Session:
     """An ONNX model, a path or its bytes, as a function of a tensor: ONNX Runtime on the CPU, with PyTorch's threads."""
 
     def __init__(self, model: str | bytes, what: str):
         runtime = need("onnxruntime", what, "deploy")
-        options = runtime.SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads()
-        options.log_severity_level = 4  # what is wrong comes as an exception
-        # Where a processor has no dot products of bytes, ONNX Runtime's sums of 16 bits are saturated unless told not to be.
-        options.add_session_config_entry("session.x64quantprecision", "1")
-        self.session = runtime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        exact = _backend._C is not None and _backend._C.cpu_features()["avx512vnni"]
+        for entry in (None,) if exact else EXACT:
+            options = runtime.SessionOptions()
+            options.intra_op_num_threads = torch.get_num_threads()
+            options.log_severity_level = 4  # what is wrong comes as an exception
+            if entry is not None:
+                options.add_session_config_entry(entry, "1")
+            try:
+                self.session = runtime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+                break
+            except Exception:  # ONNX Runtime's errors have no class in common but this
+                if entry in (None, EXACT[-1]):
+                    raise
         self.name = self.session.get_inputs()[0].name
 
     def __call__(self, x: Tensor) -> Tensor:
