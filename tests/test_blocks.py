@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from segfast import _backend, testing
 from segfast import nn as sf
+from segfast.engine import bench
 from segfast.nn import context
 from segfast.nn.folding import JOINS, foldable
 
@@ -539,6 +540,8 @@ def test_resize_takes_its_kernel_where_nothing_else_is_wanted():
         assert torch.equal(sf.resize(x, (18, 20), mode="nearest"), F.interpolate(x, (18, 20)))
         traced = torch.jit.trace(resize, x, check_trace=False)
         exported = torch.export.export(resize, (x,))
+        with bench.references():
+            assert torch.equal(resize(x), exact)
     assert torch.equal(resize(x), exact)
     assert "segfast" not in str(traced.graph) + str(exported.graph)
     if compiled:

@@ -48,8 +48,18 @@ def resize(x: Tensor, size, align_corners: bool = False, mode: str = "bilinear")
 
 def plain(x: Tensor, size, align_corners) -> bool:
     """Whether all is as the kernel takes it; PyTorch says what is wrong with the rest."""
-    mine = type(x) is Tensor and x.is_cpu and x.layout is torch.strided and x.dtype in DTYPES and x.dim() == 4 and x.shape[1] > 0
-    return mine and type(align_corners) is bool and len(size) == 2 and all(type(s) is int and s > 0 for s in size)
+    return (
+        _backend.requested == "auto"
+        and type(x) is Tensor
+        and x.is_cpu
+        and x.layout is torch.strided
+        and x.dtype in DTYPES
+        and x.dim() == 4
+        and x.shape[1] > 0
+        and type(align_corners) is bool
+        and len(size) == 2
+        and all(type(s) is int and s > 0 for s in size)
+    )
 
 
 def laid_out(x: Tensor, like: Tensor) -> Tensor:

@@ -462,13 +462,12 @@ def optimize(
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if isinstance(tensor, nn.parameter.UninitializedTensorMixin) or tensor.device.type == "meta":
             raise ValueError(f"optimize: want a network with its weights loaded, got {name} without data")
-    leaves, structure = tree_flatten(((example if isinstance(example, tuple) else (example,)), {}))
-    inputs = example is not None and not (isinstance(example, tuple) and not example)
-    if inputs and not any(isinstance(leaf, Tensor) for leaf in leaves):
-        raise TypeError(
-            f"optimize: want a tensor or a tuple of inputs as the example, got {reprlib.repr(example)}, without a tensor"
-        )
     optimized = OptimizedModel(model, dtype, class_dtype)
     if example is not None:
+        given = example if isinstance(example, tuple) else (example,)
+        leaves, structure = tree_flatten((given, {}))
+        if given and not any(isinstance(leaf, Tensor) for leaf in leaves):
+            got = reprlib.repr(example)
+            raise TypeError(f"optimize: want a tensor or a tuple of inputs as the example, got {got}, without a tensor")
         optimized._ready(leaves, structure)
     return optimized
