@@ -161,7 +161,8 @@ OTHER_TEXTS = {
 
 On a virtual machine of an AMD EPYC of the fourth generation, whose two threads do 190 GFLOP/s in MKL's product of 2048 x 2048
 matrices. Fast-SCNN to logits at 512x1024, 1.25 wanted, gave 1.22, 1.42 (while all others took longer) and 1.19: its 3.4 GFLOP
-take 18 ms at MKL's rate and 20 here, and the logits are 40 MB.
+take 18 ms at MKL's rate and 20 here, and the logits are 40 MB. The eager columns of this package's networks were measured with
+its kernel for interpolation in them (a mistake of that day), and so are too fast: their ratios are at least what stands here.
 """,
     "avx2": """## Without AVX-512
 
