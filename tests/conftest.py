@@ -17,6 +17,9 @@ import torch
 
 from segfast import _backend
 
+for name in ("SEGFAST_TEST_DATA", "SEGFAST_OFFICIAL"):
+    if os.environ.get(name):  # the fixture `elsewhere` leaves the folder that a path may be relative to
+        os.environ[name] = os.path.abspath(os.environ[name])
 sys.path[:0] = [str(Path(__file__).parent / "simt"), str(Path(__file__).parents[1] / "benchmarks")]
 HAS_OPENVINO = importlib.util.find_spec("openvino") is not None
 EFFORT = os.environ.get("SEGFAST_EFFORT", "ci")
@@ -93,6 +96,15 @@ def kernel_sets() -> list[str]:
     if _backend._C is None or _backend.requested == "reference":
         return ["reference"]
     return [name for name in _backend._C.cpu_features()["kernel_sets"] if name not in ("avx512bf16", "amx")]
+
+
+@pytest.fixture(autouse=True, scope="session")
+def elsewhere(tmp_path_factory):
+    """`python -c` looks into the current folder first, and in a checkout finds the package without its compiled module."""
+    before = Path.cwd()
+    os.chdir(tmp_path_factory.mktemp("elsewhere"))
+    yield
+    os.chdir(before)
 
 
 @pytest.fixture(autouse=True)

@@ -102,7 +102,7 @@ def bars(timings: list[dict]) -> str:
     top = max([1.0, *(t["speedup"] for t in timings)])
     height = 30 * len(timings) + 24
     parts = [f'<svg viewBox="0 0 900 {height}" width="100%" font-size="13" role="img">']
-    scale = 380 / top
+    scale = 320 / top
     for i, t in enumerate(timings):
         y, fill = 30 * i, "#2a9d4e" if t["speedup"] >= 1 else "#d1672b"
         parts.append(f'<text x="0" y="{y + 17}">{escape(t["op"])}  {escape(t["shape"])}</text>')
