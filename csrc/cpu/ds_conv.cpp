@@ -64,6 +64,7 @@ template <class A>
 struct Add {
   A* to;
   int64_t ld, cols;
+  SEGFAST_INLINE void soon(int64_t, int64_t) const {}
   SEGFAST_INLINE void operator()(int64_t i, int64_t col, Vec<A> v) const {
     store(to + i * ld + col, load(to + i * ld + col) + v);
   }
@@ -107,7 +108,8 @@ SEGFAST_INLINE void ds_conv_tiles_of(const DsConv<T, A>& o, int64_t begin, int64
     each_row(o.g, t0, t1, [&](int64_t n, int64_t oy, int64_t ox0, int64_t ox1, int64_t offset) {
       depthwise_row(o.g, o.x, o.dw, o.cp, n, oy, ox0, ox1, offset, middle);
     });
-    product<A>(t1 - t0, o.g.c, buffer, o.cp, o.pw, o.kp, Put<T, A, Clamp2>{o.y + t0 * o.g.k, o.g.k, o.g.k, o.pw_shift, o.act2});
+    product<A>(t1 - t0, o.g.c, buffer, o.cp, o.pw, o.kp, Put<T, A, Clamp2>{o.y + t0 * o.g.k, o.g.k, o.g.k, o.pw_shift, o.act2},
+               DepthwiseAhead<T>(o.g, o.x, t1));
   }
 }
 
@@ -216,7 +218,8 @@ void train_pointwise(const DsConv<T, A>& o, int64_t begin, int64_t end, A* buffe
     const int64_t t1 = t0 + o.tile < end ? t0 + o.tile : end;
     normalise_tile(o.u + t0 * o.g.c, t1 - t0, o.g.c, o.cp, o.scale1, o.shift1, o.act1, buffer);
     T* z = o.z_out + t0 * o.g.k;
-    product<A>(t1 - t0, o.g.c, buffer, o.cp, o.pw, o.kp, Put<T, A>{z, o.g.k, o.g.k, o.pw_shift, kIdentity});
+    product<A>(t1 - t0, o.g.c, buffer, o.cp, o.pw, o.kp, Put<T, A>{z, o.g.k, o.g.k, o.pw_shift, kIdentity},
+               RowsAhead<T>{o.u + t1 * o.g.c, o.g.c});
     if (moments) {
       add_moments<T, A>(z, t1 - t0, o.g.k, count, moments, moments + o.kp);
       count += static_cast<double>(t1 - t0);

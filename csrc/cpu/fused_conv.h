@@ -32,7 +32,7 @@ struct Int {
 template <class A>
 constexpr int kVectors = 2;  // vectors a panel
 template <class A>
-constexpr int kRows = SEGFAST_BYTES == 64 ? 12 : 6;
+constexpr int kRows = SEGFAST_BYTES == 64 ? 8 : 6;
 
 // NaN stays NaN, as in ATen.
 template <class A>
@@ -68,8 +68,7 @@ SEGFAST_INLINE A high_of(int64_t act) {
 }
 template <class A>
 SEGFAST_INLINE Vec<A> clamp(Vec<A> v, Vec<A> low, Vec<A> high) {
-  v = v < low ? low : v;
-  return v > high ? high : v;
+  return no_more<A>(no_less<A>(v, low), high);
 }
 
 // Where a product goes: row i, columns from col on, of a matrix with `cols` columns, `ld` apart.
@@ -85,11 +84,57 @@ struct Put {
     if constexpr (Clamp) return clamp<A>(v, splat(low_of<A>(act)), splat(high_of<A>(act)));
     return activate<A>(v, act);
   }
+  SEGFAST_INLINE void soon(int64_t i, int64_t col) const { prefetch_to(to + i * ld + col); }
   SEGFAST_INLINE void operator()(int64_t i, int64_t col, Vec<A> v) const { store(to + i * ld + col, value(col, v)); }
   SEGFAST_INLINE void part(int64_t i, int64_t col, Vec<A> v) const {
     if (col < cols) store_n(to + i * ld + col, value(col, v), static_cast<int>(cols - col));
   }
 };
+
+// What comes after a product reads memory that no hardware fetches ahead, for another step lies between. ahead(i, count) asks for
+// the part of it that belongs to so many of the product's rows; the product calls it with its blocks, whose arithmetic hides the
+// wait, a few rows with each panel: requests that come all at once would wait for each other.
+struct NothingAhead {
+  SEGFAST_INLINE void operator()(int64_t, int64_t) const {}
+};
+template <class T>
+SEGFAST_INLINE void prefetch_run(const T* from, int64_t count) {
+  for (int64_t i = 0; i < count; i += 64 / static_cast<int64_t>(sizeof(T))) prefetch_l2(from + i);
+}
+// Rows of `row` elements.
+template <class T>
+struct RowsAhead {
+  const T* from;
+  int64_t row;
+  SEGFAST_INLINE void operator()(int64_t i, int64_t count) const { prefetch_run(from + i * row, count * row); }
+};
+// The rows of x that a depthwise convolution reads first for its output pixels from `pixel` on.
+template <class T>
+struct DepthwiseAhead {
+  const T *rows, *end;  // the lowest row under the kernel of the first pixel
+  int64_t column, width, pixel, row, sh;
+  DepthwiseAhead(const Geometry& g, const T* x, int64_t first)
+      : end(x + g.n * g.h * g.w * g.c), column(first % g.ow), width(g.ow), pixel(g.sw * g.c), row(g.w * g.c), sh(g.sh) {
+    const int64_t oy = first / g.ow % g.oh, n = first / g.ow / g.oh;
+    rows = x + (n * g.h + oy * g.sh - g.ph + (g.kh - 1) * g.dh) * row;
+  }
+  SEGFAST_INLINE void operator()(int64_t i, int64_t count) const {
+    int64_t at = column + i;
+    const T* from = rows;
+    for (; at >= width; at -= width) from += sh * row;
+    from += at * pixel;
+    for (int64_t y = 0; y < sh && from < end; ++y) prefetch_run(from - y * row, count * pixel);
+  }
+};
+// Of a block of N rows, the part for one panel of `panels`.
+template <int N, class F>
+SEGFAST_INLINE void part_ahead(const F& ahead, int64_t i, int64_t panel, int64_t panels) {
+  if constexpr (!std::is_same_v<F, NothingAhead>) {
+    const int64_t from = N * panel / panels, to = N * (panel + 1) / panels;
+    if (from < to) ahead(i + from, to - from);
+  }
+}
+
 // M rows, V vectors of columns from `col` on: sum over depth of a[i * row + d * step] * b[d * b_step + j * lanes].
 // A function of its own: in a large one GCC keeps the accumulators in memory. For the same reason `put` calls nothing.
 template <int M, int V, class A, class P>
@@ -97,6 +142,11 @@ SEGFAST_NOINLINE void micro(int64_t depth, const A* __restrict a, int64_t row, i
                             int64_t b_step, int64_t first, int64_t col, const P put) {
   constexpr int L = lanes<A>;
   Vec<A> acc[M][V] = {};
+#pragma GCC unroll 16
+  for (int i = 0; i < M; ++i) {
+#pragma GCC unroll 8
+    for (int j = 0; j < V; ++j) put.soon(first + i, col + j * L);
+  }
   for (int64_t d = 0; d < depth; ++d) {
     Vec<A> bv[V];
 #pragma GCC unroll 8
@@ -123,27 +173,36 @@ SEGFAST_NOINLINE void micro(int64_t depth, const A* __restrict a, int64_t row, i
   }
 }
 
-template <int V, class A, class P>
+template <int V, class A, class P, class F = NothingAhead>
 SEGFAST_INLINE void rows_of(int64_t rows, int64_t depth, const A* a, int64_t row, int64_t step, const A* b, int64_t b_step,
-                            int64_t col, const P& put) {
+                            int64_t col, const P& put, const F& ahead = {}, int64_t panel = 0, int64_t panels = 1) {
   constexpr int M = kRows<A>;
   int64_t i = 0;
-  for (; i + M <= rows; i += M) micro<M, V, A>(depth, a + i * row, row, step, b, b_step, i, col, put);
-  if constexpr (M > 6) {
-    for (; i + 6 <= rows; i += 6) micro<6, V, A>(depth, a + i * row, row, step, b, b_step, i, col, put);
-  }
-  for (; i + 4 <= rows; i += 4) micro<4, V, A>(depth, a + i * row, row, step, b, b_step, i, col, put);
-  for (; i + 2 <= rows; i += 2) micro<2, V, A>(depth, a + i * row, row, step, b, b_step, i, col, put);
-  for (; i < rows; ++i) micro<1, V, A>(depth, a + i * row, row, step, b, b_step, i, col, put);
+  const auto blocks = [&](auto m) {
+    constexpr int N = decltype(m)::value;
+    for (; i + N <= rows; i += N) {
+      part_ahead<N>(ahead, i, panel, panels);
+      micro<N, V, A>(depth, a + i * row, row, step, b, b_step, i, col, put);
+    }
+  };
+  blocks(Int<M>{});
+  blocks(Int<4>{}), blocks(Int<2>{}), blocks(Int<1>{});
 }
 
 // [rows, depth] (leading dimension lda) times packed panels [padded / panel][depth][panel].
-template <class A, class P>
-SEGFAST_INLINE void product(int64_t rows, int64_t depth, const A* a, int64_t lda, const A* panels, int64_t padded, const P& put) {
+template <class A, class P, class F = NothingAhead>
+SEGFAST_INLINE void product(int64_t rows, int64_t depth, const A* a, int64_t lda, const A* panels, int64_t padded, const P& put,
+                            const F& ahead = {}) {
   constexpr int V = kVectors<A>, L = lanes<A>;
   int64_t col = 0;
-  for (; col + V * L <= padded; col += V * L) rows_of<V, A>(rows, depth, a, lda, 1, panels + col * depth, V * L, col, put);
-  for (; col < padded; col += L) rows_of<1, A>(rows, depth, a, lda, 1, panels + col * depth, L, col, put);
+  const int64_t count = padded / (V * L) + (padded % (V * L) + L - 1) / L;
+  int64_t panel = 0;
+  for (; col + V * L <= padded; col += V * L) {
+    rows_of<V, A>(rows, depth, a, lda, 1, panels + col * depth, V * L, col, put, ahead, panel++, count);
+  }
+  for (; col < padded; col += L) {
+    rows_of<1, A>(rows, depth, a, lda, 1, panels + col * depth, L, col, put, ahead, panel++, count);
+  }
 }
 
 // One output pixel of a depthwise convolution from its list of taps: sources and weights.
@@ -180,7 +239,7 @@ SEGFAST_NOINLINE void depthwise_block(const T* const* rows, int64_t x, int64_t c
       for (int kx = 0; kx < K; ++kx) wv[kx] = load(w + (ky * K + kx) * cp + c0);
 #pragma GCC unroll 32
       for (int column = 0; column < (N - 1) * S + K; ++column) {
-        const Vec<A> v = read(from + column * c);
+        const Vec<A> v = in_register(read(from + column * c));
 #pragma GCC unroll 8
         for (int kx = 0; kx < K; ++kx) {
           if (column >= kx && (column - kx) % S == 0 && (column - kx) / S < N) acc[(column - kx) / S] += v * wv[kx];

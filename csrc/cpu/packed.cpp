@@ -61,6 +61,7 @@ struct Out {
     if constexpr (Clamp) return clamp<float>(v, splat(low), splat(high));
     return activate<float>(v, act);
   }
+  SEGFAST_INLINE void soon(int64_t i, int64_t col) const { prefetch_to(to + i * ld + col); }
   // The value has the shift: a product's micro-kernel adds it.
   SEGFAST_INLINE void put(int64_t i, int64_t col, Vec<float> v) const {
     if constexpr (Add) v += load(more + i * ld + col);
@@ -114,8 +115,9 @@ void separable_tiles(const PackedArgs<T>& o, int64_t begin, int64_t end, T* buff
         depthwise_row(o.g, o.x, o.dw, o.cp, n, oy, ox0, ox1, offset, middle);
       });
     });
-    with_put(o.y, o.add, t0, o.g.k, o.pw_shift, o.act,
-             [&](const auto& put) { plain_product(t1 - t0, o.g.c, buffer, o.lda, o.pw, o.kp, o.deep, put); });
+    with_put(o.y, o.add, t0, o.g.k, o.pw_shift, o.act, [&](const auto& put) {
+      plain_product(t1 - t0, o.g.c, buffer, o.lda, o.pw, o.kp, o.deep, put, DepthwiseAhead<T>(o.g, o.x, t1));
+    });
   }
 }
 
@@ -147,8 +149,9 @@ void pointwise_tiles(const PackedArgs<T>& o, int64_t begin, int64_t end, T* buff
       spread_rows(t1 - t0, o.g.c, from, buffer, o.lda);
       from = buffer;
     }
-    with_put(o.y, o.add, t0, o.g.k, o.pw_shift, o.act,
-             [&](const auto& put) { plain_product(t1 - t0, o.g.c, from, o.lda, o.pw, o.kp, o.deep, put); });
+    with_put(o.y, o.add, t0, o.g.k, o.pw_shift, o.act, [&](const auto& put) {
+      plain_product(t1 - t0, o.g.c, from, o.lda, o.pw, o.kp, o.deep, put, RowsAhead<T>{o.x + t1 * o.g.c, o.g.c});
+    });
   }
 }
 
@@ -362,7 +365,10 @@ void inverted_rows(const PackedArgs<T>& o, int64_t begin, int64_t end, T* ring, 
           from = line;
         }
         with_middle(ring + next % slots * slot + (x0 - left) * o.cp, o.cp, o.cp, o.expand_shift, o.expand_act,
-                    [&](const auto& put) { plain_product(x1 - x0, o.ci, from, lda, o.expand, o.cp, o.deep, put); });
+                    [&](const auto& put) {
+                      plain_product(x1 - x0, o.ci, from, lda, o.expand, o.cp, o.deep, put,
+                                    RowsAhead<T>{o.x + ((n * g.h + next + 1) * g.w + x0) * o.ci, o.ci});
+                    });
       }
       const T* rows[64];
       for (int64_t ky = 0; ky < g.kh; ++ky) {

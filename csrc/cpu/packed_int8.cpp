@@ -59,7 +59,7 @@ struct Bytes {
   static constexpr bool clamps = true;
   SEGFAST_INLINE I32 value(int64_t col, I32 sum, [[maybe_unused]] Vec<float> more_value) const {
     Vec<float> v = to_float(sum) * load(scale + col);
-    if constexpr (Add) v = rounded(v) + rounded((more_value - more_zero) * more_scale);
+    if constexpr (Add) v = in_register(v) + in_register((more_value - more_zero) * more_scale);
     return round_to_int(clamp<float>(v, splat(low), splat(high))) + zero;
   }
   SEGFAST_INLINE Vec<float> other(int64_t i, int64_t col) const {
@@ -67,6 +67,7 @@ struct Bytes {
     return Vec<float>{};
   }
   SEGFAST_INLINE void put(int64_t i, int64_t col, I32 sum) const { store(to + i * ld + col, value(col, sum, other(i, col))); }
+  SEGFAST_INLINE void soon(int64_t i, int64_t col) const { prefetch_to(to + i * ld + col); }
   SEGFAST_INLINE void put_pair(int64_t i, int64_t col, I32 a, I32 b) const {
     put(i, col, a);
     put(i, col + lanes<float>, b);
@@ -113,7 +114,8 @@ void pointwise_bytes(const Int8Args& o, int64_t begin, int64_t end) {
     const int64_t t1 = t0 + o.tile < end ? t0 + o.tile : end;
     const bool deep = o.deep && (t1 - 1) * o.g.c + deep_words<T>(o.g.c) * 4 <= o.g.pixels() * o.g.c;
     with_bytes(o, t0, [&](const auto& put) {
-      plain_product<T>(t1 - t0, o.g.c, o.x + t0 * o.g.c, o.g.c, o.last.weight, o.kp, deep, put);
+      plain_product<T>(t1 - t0, o.g.c, o.x + t0 * o.g.c, o.g.c, o.last.weight, o.kp, deep, put,
+                       RowsAhead<T>{o.x + t1 * o.g.c, o.g.c});
     });
   }
 }

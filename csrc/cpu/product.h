@@ -191,6 +191,11 @@ SEGFAST_NOINLINE void micro_runs(const Runs& runs, const T* __restrict a, int64_
 #pragma GCC unroll 8
     for (int j = 0; j < V; ++j) acc[i][j] = acc[0][j];
   }
+#pragma GCC unroll 16
+  for (int i = 0; i < M; ++i) {
+#pragma GCC unroll 8
+    for (int j = 0; j < V; ++j) put.soon(first + i, col + j * L);
+  }
   const int64_t step = V * L == 32 ? 32 : width;
   const auto sum = [&](const T* from, const float* panel, int64_t depth) {
 #pragma GCC unroll 4
@@ -273,16 +278,16 @@ SEGFAST_NOINLINE void micro_runs(const Runs& runs, const T* __restrict a, int64_
 namespace segfast::SEGFAST_ISA {
 
 // rows x (the sum of the runs' depths) times panels of 32 columns, whose rows number `total` words.
-template <class T, class P>
+template <class T, class P, class F = NothingAhead>
 SEGFAST_INLINE void runs_product(int64_t rows, const Runs& runs, const T* a, int64_t row, const float* panels, int64_t total,
-                                 int64_t padded, const P& put) {
+                                 int64_t padded, const P& put, const F& ahead = {}) {
   constexpr int L = lanes<float>, M = kDotRows<T>;
   int64_t done = 0;
 #if SEGFAST_AMX
   if constexpr (sizeof(T) < 4) {
     if (runs.depth % kTileWords == 0) {
       done = rows / 16 * 16;
-      tile_product(done, runs, a, row, panels, total, padded, put);
+      tile_product(done, runs, a, row, panels, total, padded, put, ahead);
       if (done == rows) return;
     }
   }
@@ -295,10 +300,14 @@ SEGFAST_INLINE void runs_product(int64_t rows, const Runs& runs, const T* a, int
       const auto blocks = [&](auto deep) {
         constexpr bool Deep = decltype(deep)::value != 0;
         int64_t i = done;
-        for (; i + M <= rows; i += M) micro_runs<T, M, V, Deep>(runs, a + i * row, row, panel + j, width, i, col0 + j, put);
-        for (; i + 4 <= rows; i += 4) micro_runs<T, 4, V, Deep>(runs, a + i * row, row, panel + j, width, i, col0 + j, put);
-        for (; i + 2 <= rows; i += 2) micro_runs<T, 2, V, Deep>(runs, a + i * row, row, panel + j, width, i, col0 + j, put);
-        for (; i < rows; ++i) micro_runs<T, 1, V, Deep>(runs, a + i * row, row, panel + j, width, i, col0 + j, put);
+        const auto of = [&](auto m) {
+          constexpr int N = decltype(m)::value;
+          for (; i + N <= rows; i += N) {
+            part_ahead<N>(ahead, i, col0 / 32, (padded + 31) / 32);
+            micro_runs<T, N, V, Deep>(runs, a + i * row, row, panel + j, width, i, col0 + j, put);
+          }
+        };
+        of(Int<M>{}), of(Int<4>{}), of(Int<2>{}), of(Int<1>{});
       };
       if constexpr (std::is_same_v<T, float>) {
         if (runs.parts * runs.depth > kDotDepth) return blocks(Int<1>{});
@@ -332,11 +341,11 @@ SEGFAST_INLINE void short_runs_product(int64_t rows, const Runs& runs, [[maybe_u
 }
 
 // `depth` elements; rows whose words are whole: lda even, and zero after an odd depth; if `deep`, up to deep_words.
-template <class T, class P>
+template <class T, class P, class F = NothingAhead>
 SEGFAST_INLINE void plain_product(int64_t rows, int64_t depth, const T* a, int64_t lda, const float* panels, int64_t padded,
-                                  bool deep, const P& put) {
+                                  bool deep, const P& put, const F& ahead = {}) {
   const int64_t zero = 0, total = deep_words<T>(depth);
-  runs_product(rows, Runs{1, deep ? total : words<T>(depth), &zero, &zero}, a, lda, panels, total, padded, put);
+  runs_product(rows, Runs{1, deep ? total : words<T>(depth), &zero, &zero}, a, lda, panels, total, padded, put, ahead);
 }
 
 // Outputs [0, count) of a depthwise convolution whose taps all lie inside: rows[ky] is null where the kernel leaves the image.

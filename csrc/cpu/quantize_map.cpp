@@ -8,7 +8,7 @@ namespace segfast::SEGFAST_ISA {
 
 SEGFAST_INLINE I32 to_byte(Vec<float> v, float inverse, int32_t zero) {
   const Vec<float> low = splat(static_cast<float>(-zero)), high = splat(static_cast<float>(255 - zero));
-  v = rounded(v * inverse);
+  v = in_register(v * inverse);
   v = v > low ? v : low;  // of NaN the least
   v = v < high ? v : high;
   return round_to_int(v) + zero;

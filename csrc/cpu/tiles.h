@@ -89,9 +89,9 @@ SEGFAST_INLINE I32 with_shift(const int32_t* sum, const int32_t* shift) {
 
 // rows x runs times panels of 32 columns, whose rows number `total` words; the rows are a multiple of 16, the depth of each run
 // is one of kTileWords.
-template <class T, class P>
+template <class T, class P, class F>
 SEGFAST_INLINE void tile_product(int64_t rows, const Runs& runs, const T* a, int64_t row, const float* panels, int64_t total,
-                                 int64_t padded, const P& put) {
+                                 int64_t padded, const P& put, const F& ahead) {
   using Sum = std::conditional_t<std::is_same_v<T, BFloat16>, float, int32_t>;
   alignas(64) Sum out[kTileRows * 32];
   for (int64_t col = 0; col < padded; col += 32) {
@@ -100,6 +100,7 @@ SEGFAST_INLINE void tile_product(int64_t rows, const Runs& runs, const T* a, int
       const int64_t count = rows - i < kTileRows ? 16 : 32;
       const auto block = count == 32 ? (vectors == 2 ? &tile_block<T, 2, 2> : &tile_block<T, 2, 1>)
                                      : (vectors == 2 ? &tile_block<T, 1, 2> : &tile_block<T, 1, 1>);
+      if (col == 0) ahead(i, count);
       block(runs, a + i * row, row * static_cast<int64_t>(sizeof(T)), panels + col * total, vectors * 16, out);
       const auto sum = [&](int64_t j, int64_t v) { return with_shift(out + j * 32 + v * 16, put.shift + col + v * 16); };
       if (P::clamps && col + 32 <= put.cols) {

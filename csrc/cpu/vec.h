@@ -49,6 +49,26 @@ SEGFAST_INLINE Vec<A> splat(A a) {
   return Vec<A>{} + a;
 }
 
+// NaN stays NaN, which x86's own maximum gives if v is its second operand.
+template <class A>
+SEGFAST_INLINE Vec<A> no_less(Vec<A> v, Vec<A> low) {
+#if SEGFAST_BYTES == 64
+  if constexpr (std::is_same_v<A, float>) return (Vec<float>)_mm512_max_ps((__m512)low, (__m512)v);
+#elif SEGFAST_BYTES == 32
+  if constexpr (std::is_same_v<A, float>) return (Vec<float>)_mm256_max_ps((__m256)low, (__m256)v);
+#endif
+  return v < low ? low : v;
+}
+template <class A>
+SEGFAST_INLINE Vec<A> no_more(Vec<A> v, Vec<A> high) {
+#if SEGFAST_BYTES == 64
+  if constexpr (std::is_same_v<A, float>) return (Vec<float>)_mm512_min_ps((__m512)high, (__m512)v);
+#elif SEGFAST_BYTES == 32
+  if constexpr (std::is_same_v<A, float>) return (Vec<float>)_mm256_min_ps((__m256)high, (__m256)v);
+#endif
+  return v > high ? high : v;
+}
+
 template <class A>
 SEGFAST_INLINE A& lane(Vec<A>& v, int i) {
   return reinterpret_cast<A*>(&v)[i];
@@ -109,8 +129,9 @@ SEGFAST_INLINE void store(uint8_t* p, I32 v) {
 }
 // To the nearest integer, halves to the even one; for values within 2^22 of zero.
 SEGFAST_INLINE I32 round_to_int(Vec<float> v) { return (I32)(v + 12582912.0f) - 0x4b400000; }
-// Keeps the compiler from fusing the product v with an addition: every kernel set rounds alike.
-SEGFAST_INLINE Vec<float> rounded(Vec<float> v) {
+// A value of its own: the compiler fuses neither the load that it comes from with each of its uses, nor a product with a sum.
+template <class V>
+SEGFAST_INLINE V in_register(V v) {
 #if defined(__x86_64__) && SEGFAST_BYTES == 64
   asm("" : "+v"(v));
 #elif defined(__x86_64__)
@@ -159,7 +180,10 @@ SEGFAST_INLINE I32 to_int(Vec<float> v) { return static_cast<int32_t>(v); }
 SEGFAST_INLINE Vec<float> load(const uint8_t* p) { return *p; }
 SEGFAST_INLINE void store(uint8_t* p, I32 v) { *p = static_cast<uint8_t>(v); }
 SEGFAST_INLINE I32 round_to_int(Vec<float> v) { return static_cast<int32_t>(::nearbyintf(v)); }
-SEGFAST_INLINE Vec<float> rounded(Vec<float> v) { return v; }
+template <class V>
+SEGFAST_INLINE V in_register(V v) {
+  return v;
+}
 SEGFAST_INLINE Vec<float> load(const BFloat16* p) { return widen(*p); }
 SEGFAST_INLINE void store(BFloat16* p, Vec<float> v) { *p = BFloat16(v); }
 #endif
@@ -301,6 +325,13 @@ SEGFAST_INLINE void fence() {
 SEGFAST_INLINE void prefetch([[maybe_unused]] const void* p) {
 #ifdef __GNUC__
   __builtin_prefetch(p);
+#endif
+}
+
+// What will be written.
+SEGFAST_INLINE void prefetch_to([[maybe_unused]] const void* p) {
+#ifdef __GNUC__
+  __builtin_prefetch(p, 1);
 #endif
 }
 

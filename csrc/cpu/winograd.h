@@ -137,6 +137,7 @@ struct WinogradSums {
   float* to;
   bool more;  // after the first kWinogradDepth
   static constexpr int64_t cols = 32;
+  SEGFAST_INLINE void soon(int64_t, int64_t) const {}
   SEGFAST_INLINE void operator()(int64_t i, int64_t col, Vec<float> v) const {
     float* at = to + i * 32 + col;
     store(at, more ? v + load(at) : v);
