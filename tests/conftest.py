@@ -10,6 +10,7 @@ import os
 import random
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,11 @@ def seed_of_commit() -> int:
     SEGFAST_COMMIT says the hash where the tests do not lie in the repository.
     """
     return int(commit()[:8], 16)
+
+
+def some(names: Sequence[str], ci: int, salt: int = 0) -> list[str]:
+    """`ci` of the names by the commit's hash, others for another salt; under full effort all."""
+    return random.Random(seed_of_commit() + salt).sample(names, count(min(ci, len(names)), len(names)))
 
 
 @functools.lru_cache(1)

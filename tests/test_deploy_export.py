@@ -3,7 +3,6 @@
 import io
 import json
 import os
-import random
 import subprocess
 import sys
 import zipfile
@@ -12,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import count, seed_of_commit
+from conftest import count, some
 from PIL import Image
 from torch import nn
 from typer.testing import CliRunner
@@ -39,11 +38,6 @@ def trained(name: str, classes: int = 5, **options) -> nn.Module:
     return model.eval()
 
 
-def drawn(ci: int) -> list[str]:
-    names = segfast.list_models()
-    return random.Random(seed_of_commit() + 1).sample(names, count(min(ci, len(names)), len(names)))
-
-
 def call(*arguments):
     return CliRunner().invoke(app, [str(a) for a in arguments], env={"COLUMNS": "220", "NO_COLOR": "1", "TERM": "dumb"})
 
@@ -63,7 +57,7 @@ def folder(tmp_path_factory):
     return folder, model, done
 
 
-@pytest.mark.parametrize("name", drawn(1))
+@pytest.mark.parametrize("name", some(segfast.list_models(), 1, 1))
 def test_every_network(name, tmp_path):
     """As logits, in ONNX Runtime and OpenVINO, at two sizes; as classes in ONNX Runtime. `export_onnx` compares by itself too."""
     model = trained(name)
@@ -110,7 +104,7 @@ def test_free_size(folder):
 REFUSED_ONCE = ("fanet18", "icnet", "linknet", "semantic_fpn", "swiftnet_rn18", "swiftnet_rn18_pyramid")
 
 
-@pytest.mark.parametrize("name", random.Random(seed_of_commit() + 2).sample(REFUSED_ONCE, count(1, len(REFUSED_ONCE))))
+@pytest.mark.parametrize("name", some(REFUSED_ONCE, 1, 2))
 def test_free_size_of_networks_that_ask_for_their_sizes(name, tmp_path):
     """Sizes that 32 does not divide, maps smaller than their grids, and other proportions than the example's."""
     model = trained(name, 3)

@@ -2,13 +2,12 @@
 
 import copy
 import json
-import random
 import types
 from collections import Counter
 
 import pytest
 import torch
-from conftest import count, seed_of_commit
+from conftest import count, some
 from torch import nn
 from typer.testing import CliRunner
 
@@ -81,7 +80,7 @@ def test_static(streets, quantized):
 def networks(ci: int) -> list[str]:
     """Some networks of the zoo, others with every commit; all under full effort."""
     names = segfast.list_models()
-    return ["linknet", *random.Random(seed_of_commit()).sample(names, count(ci, len(names)))]
+    return ["linknet", *some(names, ci)]
 
 
 @pytest.mark.parametrize("name", sorted(set(networks(1))))

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import count, extra, seed_of_commit
+from conftest import count, extra, seed_of_commit, some
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -33,12 +33,6 @@ def built():
         return models[name]
 
     return build
-
-
-def drawn(ci: int) -> list[str]:
-    """Networks for what is slow: `ci` of them by the commit's hash, or all."""
-    names = segfast.list_models()
-    return random.Random(seed_of_commit()).sample(names, count(min(ci, len(names)), len(names)))
 
 
 def logits_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
@@ -160,7 +154,7 @@ def test_autocast(network, built):
     assert error < 0.1
 
 
-@pytest.mark.parametrize("name", drawn(4))
+@pytest.mark.parametrize("name", some(segfast.list_models(), 4))
 def test_compiles_as_one_graph(built, name):
     model = built(name)
     images = torch.randn(1, 3, 65, 97)
@@ -179,7 +173,7 @@ def test_exports(network, built):
         logits_close(program.module()(images), model(images))
 
 
-@pytest.mark.parametrize("name", drawn(1))
+@pytest.mark.parametrize("name", some(segfast.list_models(), 1))
 def test_onnx(built, name, tmp_path):
     pytest.importorskip("onnxscript")
     runtime = pytest.importorskip("onnxruntime")

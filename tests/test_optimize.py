@@ -7,7 +7,6 @@ import gc
 import io
 import json
 import math
-import random
 import re
 import threading
 from pathlib import Path
@@ -16,7 +15,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import count, extra, seed_of_commit
+from conftest import count, extra, some
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -151,13 +150,7 @@ def golden(name: str, optimized) -> None:
     assert optimized.explain().counts() == expected[name], "if the change is meant, write it into tests/optimize.json"
 
 
-def drawn(ci: int) -> list[str]:
-    """Networks of the zoo, others with every commit; all under full effort."""
-    names = segfast.list_models()
-    return random.Random(seed_of_commit()).sample(names, count(ci, len(names)))
-
-
-@pytest.mark.parametrize("name", drawn(5))
+@pytest.mark.parametrize("name", some(segfast.list_models(), 5))
 def test_zoo(name):
     golden(name, check(zoo(name), torch.randn(1, 3, 64, 96)))
 
@@ -170,7 +163,7 @@ def test_networks_of_others(name):
     golden(name, check(model, torch.randn(1, 3, 96, 128)))
 
 
-@pytest.mark.parametrize("name", drawn(3))
+@pytest.mark.parametrize("name", some(segfast.list_models(), 3))
 def test_zoo_in_bfloat16(name):
     check(zoo(name), torch.randn(1, 3, 64, 96), dtype=torch.bfloat16)
 
