@@ -282,8 +282,8 @@ def text(results: dict, others: dict[str, dict]) -> str:
         "## Memory",
         "",
         "MB that three calls add at their peak, each way in a process of its own, its weights ready before. Maps between "
-        "steps share one block; results of oneDNN's and PyTorch's own operators lie beside it. ESPNet and LinkNet end in a transposed "
-        "convolution to the image's size, whose 40 MB are written before their argmax.",
+        "steps share one block; results of oneDNN's and PyTorch's own operators lie beside it. ESPNet and LinkNet end in a "
+        "transposed convolution to the image's size, whose 40 MB are written before their argmax.",
         "",
     ]
     parts += [table(["row", "segfast", *PEERS, "segfast over the least"], cells), ""]
