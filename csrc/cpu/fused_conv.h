@@ -126,6 +126,15 @@ struct DepthwiseAhead {
     for (int64_t y = 0; y < sh && from < end; ++y) prefetch_run(from - y * row, count * pixel);
   }
 };
+// The memory that a block of M rows and V vectors goes to.
+template <int M, int V, class A, class P>
+SEGFAST_INLINE void all_soon(const P& put, int64_t first, int64_t col) {
+#pragma GCC unroll 16
+  for (int i = 0; i < M; ++i) {
+#pragma GCC unroll 8
+    for (int j = 0; j < V; ++j) put.soon(first + i, col + j * lanes<A>);
+  }
+}
 // Of a block of N rows, the part for one panel of `panels`.
 template <int N, class F>
 SEGFAST_INLINE void part_ahead(const F& ahead, int64_t i, int64_t panel, int64_t panels) {
@@ -142,11 +151,7 @@ SEGFAST_NOINLINE void micro(int64_t depth, const A* __restrict a, int64_t row, i
                             int64_t b_step, int64_t first, int64_t col, const P put) {
   constexpr int L = lanes<A>;
   Vec<A> acc[M][V] = {};
-#pragma GCC unroll 16
-  for (int i = 0; i < M; ++i) {
-#pragma GCC unroll 8
-    for (int j = 0; j < V; ++j) put.soon(first + i, col + j * L);
-  }
+  all_soon<M, V, A>(put, first, col);
   for (int64_t d = 0; d < depth; ++d) {
     Vec<A> bv[V];
 #pragma GCC unroll 8
@@ -195,13 +200,12 @@ SEGFAST_INLINE void product(int64_t rows, int64_t depth, const A* a, int64_t lda
                             const F& ahead = {}) {
   constexpr int V = kVectors<A>, L = lanes<A>;
   int64_t col = 0;
-  const int64_t count = padded / (V * L) + (padded % (V * L) + L - 1) / L;
-  int64_t panel = 0;
+  const int64_t count = (padded + V * L - 1) / (V * L);
   for (; col + V * L <= padded; col += V * L) {
-    rows_of<V, A>(rows, depth, a, lda, 1, panels + col * depth, V * L, col, put, ahead, panel++, count);
+    rows_of<V, A>(rows, depth, a, lda, 1, panels + col * depth, V * L, col, put, ahead, col / (V * L), count);
   }
   for (; col < padded; col += L) {
-    rows_of<1, A>(rows, depth, a, lda, 1, panels + col * depth, L, col, put, ahead, panel++, count);
+    rows_of<1, A>(rows, depth, a, lda, 1, panels + col * depth, L, col, put, ahead, col / (V * L), count);
   }
 }
 

@@ -191,11 +191,7 @@ SEGFAST_NOINLINE void micro_runs(const Runs& runs, const T* __restrict a, int64_
 #pragma GCC unroll 8
     for (int j = 0; j < V; ++j) acc[i][j] = acc[0][j];
   }
-#pragma GCC unroll 16
-  for (int i = 0; i < M; ++i) {
-#pragma GCC unroll 8
-    for (int j = 0; j < V; ++j) put.soon(first + i, col + j * L);
-  }
+  all_soon<M, V, float>(put, first, col);
   const int64_t step = V * L == 32 ? 32 : width;
   const auto sum = [&](const T* from, const float* panel, int64_t depth) {
 #pragma GCC unroll 4
