@@ -21,7 +21,12 @@ def draw(integer, choice) -> dict[str, Any]:
     return {
         "dtype": dtype,
         "kind": choice(KINDS if dtype == "int8" else FLOAT_KINDS),
-        "size": [integer(0, 2), integer(1, 40), least + integer(0, 9), least + integer(0, 40)],
+        "size": [
+            integer(0, 2),
+            choice((16, 32, integer(1, 40), integer(1, 40), integer(1, 40))),
+            least + integer(0, 9),
+            least + integer(0, 40),
+        ],
         "expanded": integer(1, 70),
         "out": integer(1, 70),
         "kernel": [size, size],
@@ -54,7 +59,8 @@ def call(
     if kind in ("transposed", "maps"):
         layout = torch.contiguous_format if planar else torch.channels_last
         x = torch.randn(size).to(getattr(torch, dtype)).contiguous(memory_format=layout)
-        pairs = transposed(x, out, kernel, acts[0], add) if kind == "transposed" else maps(x, expanded, out, stride, add)
+        made = transposed if kind == "transposed" else maps
+        pairs = made(x, out, kernel, stride, padding, acts[0], add) if made is transposed else made(x, expanded, out, stride, add)
         for got, y in pairs:
             require_near(got, y, dtype)
         return
@@ -95,6 +101,9 @@ def call(
     elif len(weights) == 2:
         packed = ops.pack_ds_conv(*flat, kept)
         gots.append(ops.packed_ds_conv(x, packed, *geometry, *acts[:2], more))
+        if more is None and size[1] % 16 == 0:  # behind a convolution that changes nothing
+            same = ops.pack_conv(torch.eye(size[1])[:, :, None, None], torch.zeros(size[1]), 1, kept)
+            gots.append(ops.packed_conv_ds_conv(x, same, [1, 1], [0, 0], [1, 1], 0, packed, *geometry, *acts[:2]))
         channels = y.shape[1]
         if more is None and y.numel() and (kept == torch.float32 or channels % 2 == 0):
             identity = torch.eye(channels)[:, :, None, None]
@@ -115,16 +124,25 @@ def require_near(got: Tensor, y: Tensor, dtype: str) -> None:
         assert off <= NEAR[dtype] * (largest + 1), f"off by {off} of {largest}"
 
 
-def transposed(x: Tensor, out: int, kernel: list[int], act: int, add: bool):
-    """A transposed convolution whose stride is its kernel."""
+def transposed(x: Tensor, out: int, kernel: list[int], stride: list[int], padding: list[int], act: int, add: bool):
+    """A transposed convolution whose stride is its kernel, and one of any."""
     ops = torch.ops.segfast
     x = x if x.dtype == torch.float32 or x.shape[1] % 2 == 0 else torch.cat([x, x], 1)
     weight, bias = torch.randn(x.shape[1], out, *kernel) / x.shape[1] ** 0.5, torch.randn(out)
+    sizes = [(n - 1) * s - 2 * p + k for n, s, p, k in zip(x.shape[2:], stride, padding, kernel)]
+    if x.numel() and min(sizes) > 0:
+        packed = ops.pack_conv_transpose_overlap(weight, bias, 1, x.dtype)
+        got = ops.packed_conv_transpose_overlap(x, packed, stride, padding, [1, 1], [0, 0], act)
+        yield got, ACTS[act](F.conv_transpose2d(x.double(), weight.double(), bias.double(), stride, padding))
     y = F.conv_transpose2d(x.double(), weight.double(), bias.double(), kernel)
     more = torch.randn(y.shape).to(x.dtype) if add else None
     y = ACTS[act](y if more is None else y + more)
     packed = ops.pack_conv_transpose(weight, bias, 1, x.dtype)
-    yield ops.packed_conv_transpose(x, packed, kernel, [0, 0], [1, 1], act, more), y
+    got = ops.packed_conv_transpose(x, packed, kernel, [0, 0], [1, 1], act, more)
+    yield got, y
+    if more is None:
+        classes = ops.packed_conv_transpose_argmax(x, packed, kernel, [0, 0], [1, 1], act, 4)
+        yield classes.double(), got.argmax(1).double()
 
 
 def maps(x: Tensor, expanded: int, out: int, stride: list[int], add: bool):

@@ -192,8 +192,8 @@ def test_explanation(small):
     optimized = segfast.optimize(Classes(small).eval(), torch.randn(1, 3, 32, 48))
     explanation = optimized.explain()
     assert explanation.counts() == {
-        "aten": 3, "channel_shuffle": 1, "concat_shuffle": 1, "conv": 1, "conv+bn+add+relu": 1, "conv+bn+relu": 2,
-        "depthwise+bn": 1, "ds_conv": 1, "inverted_residual": 2, "upsample_argmax": 1,
+        "aten": 3, "channel_shuffle": 1, "concat_shuffle": 1, "conv": 1, "conv+bn+add+relu": 1, "conv+bn+relu": 1,
+        "conv+bn+relu+ds_conv": 1, "depthwise+bn": 1, "inverted_residual": 2, "upsample_argmax": 1,
     }  # fmt: skip
     alone = [line for line in explanation.lines if line.kind == "aten"]
     assert all(line.reason for line in alone)
@@ -765,6 +765,121 @@ def test_random_networks(kinds, channels, size, seed, dtype):
     model = randomised(Drawn(kinds, channels))
     optimized = check(model, torch.randn(size[0], channels, *size[1:]), dtype=dtype)
     assert optimized.explain().reason == ""
+
+
+@pytest.mark.parametrize("first", sorted({*KINDS}))
+def test_neighbours(first):
+    """Layers that follow one another: a kernel may take both."""
+    kinds = some(sorted({*KINDS}), 3, sorted({*KINDS}).index(first))
+    for index, second in enumerate(kinds):
+        torch.manual_seed(index)
+        for channels, size, stride in [(20, 3, 1), (6, 3, 2)]:
+            model = randomised(Drawn([(first, size, stride), (second, size, stride)], channels))
+            check(model, torch.randn(1, channels, 7, 9))
+
+
+@pytest.mark.parametrize(
+    "layers",
+    [
+        [nn.Upsample(scale_factor=2), nn.ConvTranspose2d(20, 20, 3, padding=1)],
+        [nn.ConvTranspose2d(8, 8, 3, 2, 1), nn.MaxPool2d(2)],
+        [nn.ConvTranspose2d(8, 16, 3, 2, 1), nn.Conv2d(16, 16, 3, padding=1, groups=16), nn.Conv2d(16, 4, 1)],
+    ],
+    ids=["upsample", "max_pool", "separable"],
+)
+def test_a_transposed_convolution_is_not_taken_for_a_plain_one(layers):
+    torch.manual_seed(0)
+    check(
+        randomised(nn.Sequential(*layers)),
+        torch.randn(1, layers[0].in_channels if hasattr(layers[0], "in_channels") else 20, 9, 12),
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("act", ["relu", "relu6", "silu", "hardswish", "gelu", "sigmoid", "leaky_relu", "clamp"])
+def test_nan_and_infinities_are_kept(act, dtype):
+    """Whoever runs the convolution: dense, grouped, depthwise, transposed, with a sum or without."""
+    torch.manual_seed(0)
+    layers = [
+        nn.Conv2d(12, 12, 3, 2, 1), nn.Conv2d(12, 12, 1), nn.Conv2d(12, 12, 3, padding=1, groups=3),
+        nn.Conv2d(12, 12, 3, padding=1, groups=12), nn.ConvTranspose2d(12, 12, 3, 2, 1),
+        nn.ConvTranspose2d(12, 12, 3, 2, 1, groups=2),
+    ]  # fmt: skip
+
+    class One(nn.Module):
+        def __init__(self, layer, add):
+            super().__init__()
+            self.layer, self.add = layer, add
+
+        def forward(self, x, more):
+            y = self.layer(x)
+            return ACTS[act](y + more if self.add else y)
+
+    x = torch.randn(1, 12, 13, 16)
+    x[0, 3, 4, 4] = math.nan
+    if act != "gelu":  # PyTorch's own of an infinity hangs on the layout
+        x[0, 5, 9, 1], x[0, 7, 1, 12] = math.inf, -math.inf
+    for layer in layers:
+        for add in (False, True):
+            model = One(layer, add).eval()
+            more = torch.zeros_like(layer(x)).detach()
+            with torch.no_grad():
+                want = copy.deepcopy(model).to(dtype)(x.to(dtype), more.to(dtype))
+                got = segfast.optimize(model, dtype=dtype)(x, more)
+            assert torch.equal(got.isnan(), want.isnan()), layer
+            assert torch.equal(got.isinf(), want.isinf()), layer
+
+
+@pytest.mark.skipif(_memory.place_next is None, reason="no kernels")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_convolution_and_the_classes_of_its_result(dtype):
+    torch.manual_seed(0)
+
+    class Classes(nn.Module):
+        def __init__(self, twice):
+            super().__init__()
+            self.last, self.twice = nn.ConvTranspose2d(6, 5, 2, 2), twice
+
+        def forward(self, x):
+            y = self.last(x)
+            return (y.argmax(1), y) if self.twice else y.argmax(1)
+
+    for twice, kind in ((False, "conv_transpose+argmax"), (True, "conv_transpose")):
+        optimized = check(Classes(twice).eval(), torch.randn(2, 6, 9, 13), dtype=dtype)
+        assert kind in optimized.explain().counts()
+        small = segfast.optimize(Classes(twice).eval(), dtype=dtype, class_dtype=torch.uint8)
+        classes = maps(small(torch.randn(1, 6, 5, 4)))[0]
+        assert classes.dtype == torch.uint8
+        assert classes.shape == (1, 10, 8)
+
+
+@pytest.mark.skipif(_memory.place_next is None, reason="no kernels")
+@pytest.mark.parametrize(
+    ("channels", "between", "twice", "kind"),
+    [
+        (3, 32, False, "conv+bn+relu+ds_conv"),
+        (3, 24, False, "ds_conv"),  # no whole vectors between
+        (20, 32, False, "ds_conv"),  # many inputs
+        (3, 32, True, "ds_conv"),  # read twice
+    ],
+)
+def test_a_first_convolution_and_the_block_behind_it(channels, between, twice, kind):
+    torch.manual_seed(0)
+
+    class Start(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.block = ConvBNAct(channels, between, 3, 2), DSConv(between, 20, 2)
+
+        def forward(self, x):
+            y = self.first(x)
+            return (self.block(y), y) if twice else self.block(y)
+
+    model = randomised(Start())
+    optimized = check(model, torch.randn(2, channels, 23, 31))
+    check(model, torch.randn(1, channels, 40, 17), optimized)
+    assert kind in optimized.explain().counts()
+    check(model, torch.randn(2, channels, 23, 31), dtype=torch.bfloat16)
 
 
 def test_group_norm_is_as_exact_as_on_contiguous_maps():

@@ -190,6 +190,106 @@ def test_packed_conv_transpose(kernel_set, dtype, shape):  # noqa: F811
         judge(f"{shape} {act}", ["outputs[0]"], [y], reference, (x, weight.to(dtype), bias.to(dtype)), dtype)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "shape", [(2, 6, 19, 5, 7, 2, 2), (1, 64, 3, 3, 400, 2, 2), (1, 4, 33, 2, 3, 3, 1), (0, 4, 5, 2, 2, 2, 2)], ids=str
+)
+def test_packed_conv_transpose_argmax(kernel_set, dtype, shape):  # noqa: F811
+    """The classes that PyTorch's argmax finds in the convolution's result, NaN among it."""
+    n, c, k, h, w, kh, kw = shape
+    torch.manual_seed(0)
+    packed = OPS.pack_conv_transpose(torch.randn(c, k, kh, kw).round(), torch.randn(k).round(), 1, dtype)  # many are equal
+    x = torch.randn(n, c, h, w).round().to(dtype)
+    if n:
+        x[0, 0, 0, 0] = math.nan
+    call = packed, [kh, kw], [0, 0], [1, 1]
+    for act, (size, integer) in itertools.product(range(6), [(1, torch.uint8), (4, torch.int32), (8, torch.int64)]):
+        for layout in (torch.Tensor.contiguous, last):
+            classes = same_on_two_threads(lambda: OPS.packed_conv_transpose_argmax(layout(x), *call, act, size))  # noqa: B023
+            assert classes.dtype == integer
+            assert torch.equal(classes.long(), OPS.packed_conv_transpose(x, *call, act).argmax(1))
+    for wrong, said in [((0, 2), "want classes of 1, 4 or 8 bytes"), ((6, 1), "want an activation from 0 to 5")]:
+        with pytest.raises(RuntimeError, match=f"packed_conv_transpose_argmax: {said}"):
+            OPS.packed_conv_transpose_argmax(x, *call, *wrong)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "shape",  # n, channels, out, h, w, kernel, stride, padding, output_padding, dilation
+    [
+        (2, 6, 19, 5, 7, (3, 3), (2, 2), (1, 1), (1, 1), (1, 1)),
+        (1, 64, 32, 3, 230, (3, 3), (2, 2), (1, 1), (1, 1), (1, 1)),
+        (1, 16, 33, 9, 12, (4, 4), (2, 2), (1, 1), (0, 0), (1, 1)),
+        (2, 8, 5, 6, 4, (3, 5), (1, 3), (2, 0), (0, 2), (1, 1)),
+        (1, 4, 20, 1, 1, (2, 2), (3, 3), (0, 0), (2, 1), (1, 1)),
+        (1, 12, 3, 7, 5, (3, 2), (2, 1), (1, 2), (1, 0), (3, 4)),
+        (1, 512, 17, 2, 3, (3, 3), (2, 2), (1, 1), (0, 0), (1, 1)),
+        (0, 4, 5, 2, 2, (3, 3), (2, 2), (1, 1), (1, 1), (1, 1)),
+    ],
+    ids=str,
+)
+def test_packed_conv_transpose_overlap(kernel_set, dtype, shape):  # noqa: F811
+    n, c, k, h, w, size, *geometry, more, dilation = shape
+    torch.manual_seed(0)
+    weight, bias = (torch.randn(c, k, *size) / c**0.5).bfloat16().float(), torch.randn(k).bfloat16().float()
+    packed = OPS.pack_conv_transpose_overlap(weight, bias, 1, dtype)
+    x = last(torch.randn(n, c, h, w)).to(dtype)
+    for act in range(6):
+        call = packed, *geometry, dilation, more, act
+        y = same_on_two_threads(lambda: OPS.packed_conv_transpose_overlap(x, *call))  # noqa: B023
+        assert torch.equal(y, OPS.packed_conv_transpose_overlap(x.contiguous(), *call))
+        assert y.is_contiguous(memory_format=torch.channels_last)
+
+        def reference(call):
+            x, weight, bias = call
+            return [last(ACTS[act](F.conv_transpose2d(x, weight, bias, *geometry, more, 1, dilation)))]  # noqa: B023
+
+        judge(f"{shape} {act}", ["outputs[0]"], [y], reference, (x, weight.to(dtype), bias.to(dtype)), dtype)
+    for wrong, said in [
+        ((*geometry, dilation, (-1, 0), 0), "want two numbers of output_padding"),
+        (((1, 1), (9, 9), (1, 1), (0, 0), 0), "want a map that leaves some"),
+    ]:
+        with pytest.raises(RuntimeError, match=f"packed_conv_transpose_overlap: {said}"):
+            OPS.packed_conv_transpose_overlap(x, packed, *wrong)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "shape",  # n, channels, between, out, h, w, kernel and stride of the first, of the second, its dilation
+    [
+        (2, 3, 32, 48, 37, 41, 3, 2, 3, 2, 1),
+        (1, 3, 16, 5, 9, 600, 3, 1, 3, 1, 1),
+        (2, 4, 48, 33, 12, 19, 3, 2, 5, 1, 1),
+        (1, 1, 16, 8, 17, 11, 2, 1, 3, 1, 3),
+        (3, 5, 64, 17, 5, 3, 1, 1, 3, 2, 1),
+        (0, 3, 16, 4, 8, 8, 3, 2, 3, 1, 1),
+    ],
+    ids=str,
+)
+def test_packed_conv_ds_conv(kernel_set, dtype, shape):  # noqa: F811
+    """The bits of the two kernels that it joins, from image to image and row to row."""
+    n, c, between, k, h, w, size, stride, dw_size, dw_stride, dilation = shape
+    torch.manual_seed(0)
+    first = OPS.pack_conv(torch.randn(between, c, size, size) / (c * size**2) ** 0.5, torch.randn(between), 1, dtype)
+    depthwise = torch.randn(between, 1, dw_size, dw_size) / dw_size, torch.randn(between)
+    second = OPS.pack_ds_conv(*depthwise, torch.randn(k, between, 1, 1) / between**0.5, torch.randn(k), dtype)
+    geometry = [stride, stride], [size // 2, size // 2], [1, 1]
+    after = [dw_stride, dw_stride], [dilation * (dw_size // 2)] * 2, [dilation, dilation]
+    for layout, acts in ((torch.Tensor.contiguous, (1, 1, 1)), (last, (4, 0, 3))):
+        x = layout(torch.randn(n, c, h, w)).to(dtype)
+        call = (x, first, *geometry, acts[0], second, *after, *acts[1:])
+        y = same_on_two_threads(lambda: OPS.packed_conv_ds_conv(*call))  # noqa: B023
+        want = OPS.packed_ds_conv(OPS.packed_conv(x, first, *geometry, acts[0]), second, *after, *acts[1:])
+        assert torch.equal(y, want)
+        assert y.is_contiguous(memory_format=torch.channels_last)
+    with pytest.raises(RuntimeError, match="packed_conv_ds_conv: want dense weights from pack_conv"):
+        OPS.packed_conv_ds_conv(x, first, *geometry, 0, first, *after, 0, 0)
+    with pytest.raises(RuntimeError, match="packed_conv_ds_conv: want an activation from 0 to 5"):
+        OPS.packed_conv_ds_conv(x, first, *geometry, 0, second, *after, 0, 9)
+    with pytest.raises(RuntimeError, match="packed_conv_ds_conv: want pairs"):
+        OPS.packed_conv_ds_conv(x, first, *geometry, 0, second, [1], *after[1:], 0, 0)
+
+
 def test_maps_to_uint8_and_back_have_pytorchs_bits(kernel_set):  # noqa: F811
     pytest.importorskip("torchao.quantization.pt2e")
     import torch.ao.quantization.fx._decomposed  # defines the operations

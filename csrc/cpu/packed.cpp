@@ -15,6 +15,7 @@
 #include "axis.h"
 #include "each_isa.h"
 #include "fused_conv.h"
+#include "max_class.h"
 #include "max_rows.h"
 #include "product.h"
 
@@ -38,6 +39,20 @@ struct PackedArgs {
   bool planar;     // x is contiguous, N C H W: the dense convolution takes an image, and pixels of no whole number of words, so
   const float *expand, *expand_shift, *dw, *dw_shift, *pw, *pw_shift;  // expand and pw: words
   int64_t expand_act, dw_act, act;
+};
+
+// Pixels at an end of a row that are gathered at a time, of so many elements each.
+inline int64_t edge_pixels(int64_t elements) { return elements >= 4096 ? 1 : (elements <= 256 ? 16 : 4096 / elements); }
+
+// Which rows of an image a ring holds: those before `next`, as many as it has slots.
+struct Held {
+  int64_t image = -1, next = 0;
+  // fill(y) for the rows from iy to before `bottom` that it does not hold. iy grows from call to call within an image.
+  template <class F>
+  void until(int64_t n, int64_t iy, int64_t bottom, F fill) {
+    if (n != image) next = 0, image = n;
+    for (next = next > iy ? next : iy; next < bottom; ++next) fill(next);
+  }
 };
 
 }  // namespace segfast
@@ -84,17 +99,20 @@ struct Out {
   SEGFAST_INLINE void part(int64_t i, int64_t col, Vec<float> v) const { put_part(i, col, v + load(shift + col)); }
 };
 
-// f(put) for the rows from `offset` on of the result: the kind of epilogue is chosen once a tile.
+// f(put) for the rows from `offset` on of the result, each `step` rows after the last: the kind of epilogue is chosen once a
+// tile.
 template <class T, class F>
-SEGFAST_INLINE void with_put(T* to, const T* add, int64_t offset, int64_t k, const float* shift, int64_t act, F f) {
+SEGFAST_INLINE void with_put(T* to, const T* add, int64_t offset, int64_t k, const float* shift, int64_t act, F f,
+                             int64_t step = 1) {
   const float low = low_of<float>(act), high = high_of<float>(act);
+  const int64_t ld = k * step;
   to += offset * k;
   if (add) {
-    if (is_clamp(act)) return f(Out<T, true, true>{to, k, k, shift, act, low, high, add + offset * k});
-    return f(Out<T, false, true>{to, k, k, shift, act, low, high, add + offset * k});
+    if (is_clamp(act)) return f(Out<T, true, true>{to, ld, k, shift, act, low, high, add + offset * k});
+    return f(Out<T, false, true>{to, ld, k, shift, act, low, high, add + offset * k});
   }
-  if (is_clamp(act)) return f(Out<T, true, false>{to, k, k, shift, act, low, high, nullptr});
-  f(Out<T, false, false>{to, k, k, shift, act, low, high, nullptr});
+  if (is_clamp(act)) return f(Out<T, true, false>{to, ld, k, shift, act, low, high, nullptr});
+  f(Out<T, false, false>{to, ld, k, shift, act, low, high, nullptr});
 }
 // The map between two convolutions: `cols` columns, `ld` apart.
 template <class T, class F>
@@ -155,18 +173,37 @@ void pointwise_tiles(const PackedArgs<T>& o, int64_t begin, int64_t end, T* buff
   }
 }
 
-// A transposed convolution whose stride is its kernel: rows [begin, end) of N * H * kh of the result. All of a row's pixels under
-// one row of the kernel are one product, whose columns count (kx, k).
+// A transposed convolution whose stride is its kernel: what the pixels [x0, x1) of a row of x give in row r, of N * H * kh, of
+// the result. They are one product, whose columns count (kx, k).
+template <class T>
+SEGFAST_INLINE void transposed_run(const PackedArgs<T>& o, int64_t r, int64_t x0, int64_t x1, T* to, const T* add,
+                                   int64_t offset) {
+  const Geometry& g = o.g;
+  const int64_t lda = words<T>(g.c) * kPerWord<T>, panels = o.kp * deep_words<T>(g.c);
+  const bool deep = o.deep && deep_words<T>(g.c) == words<T>(g.c);
+  const T* x = o.x + (r / g.kh * g.w + x0) * g.c;
+  with_put(to, add, offset, g.kw * g.k, o.pw_shift, o.act,
+           [&](const auto& put) { plain_product(x1 - x0, g.c, x, lda, o.pw + r % g.kh * panels, o.kp, deep, put); });
+}
+
 template <class T>
 void transposed_rows(const PackedArgs<T>& o, int64_t begin, int64_t end) {
   const Tiles tiles;
+  for (int64_t r = begin; r < end; ++r) transposed_run(o, r, 0, o.g.w, o.y, o.add, r * o.g.w);
+}
+
+// The best classes alone of such a result: a run of pixels at a time is in `run`, [tile][kw][k].
+template <class T>
+void transposed_classes(const PackedArgs<T>& o, int64_t begin, int64_t end, int64_t bytes, void* classes, T* run, float* index) {
+  const Tiles tiles;
   const Geometry& g = o.g;
-  const int64_t columns = g.kw * g.k, lda = words<T>(g.c) * kPerWord<T>, panels = o.kp * deep_words<T>(g.c);
-  const bool deep = o.deep && deep_words<T>(g.c) == words<T>(g.c);
   for (int64_t r = begin; r < end; ++r) {
-    const T* x = o.x + r / g.kh * g.w * g.c;
-    with_put(o.y, o.add, r * g.w, columns, o.pw_shift, o.act,
-             [&](const auto& put) { plain_product(g.w, g.c, x, lda, o.pw + r % g.kh * panels, o.kp, deep, put); });
+    for (int64_t x = 0; x < g.w; x += o.tile) {
+      const int64_t stop = x + o.tile < g.w ? x + o.tile : g.w, pixels = (stop - x) * g.kw;
+      transposed_run(o, r, x, stop, run, static_cast<const T*>(nullptr), 0);
+      argmax_pixels<T, float>(run, run + pixels * g.k, 1, g.k, g.k, pixels, index);
+      store_classes(index, pixels, bytes, classes, r * g.ow + x * g.kw);
+    }
   }
 }
 
@@ -216,21 +253,18 @@ SEGFAST_INLINE void even_row(const PackedArgs<T>& o, int64_t n, int64_t y, T* to
 }
 
 // A dense convolution of pixels that are no whole number of words, or of an image's planes: rows [begin, end) of N * OH. The rows
-// under the kernel are kept in a ring, as in inverted_rows, between as many zero pixels as the kernel reaches out. `patch` is
-// what short_runs_product asks for.
+// under the kernel are kept in a ring, zero before the first call, as in inverted_rows, between as many zero pixels as the kernel
+// reaches out; a later call's rows come after those of the one before. `patch` is what short_runs_product asks for.
 template <class T>
-void odd_rows(const PackedArgs<T>& o, int64_t begin, int64_t end, T* ring, T* patch) {
+void odd_rows(const PackedArgs<T>& o, int64_t begin, int64_t end, T* ring, T* patch, Held& held) {
   const Tiles tiles;
   const Geometry& g = o.g;
   const int64_t even = words<T>(g.c) * kPerWord<T>, slots = g.dh * (g.kh - 1) + 1, slot = (g.w + 2 * g.pw) * even;
-  for (int64_t i = 0; i < slots * slot; ++i) ring[i] = T(0);
   int64_t from[64], panel[64];
-  int64_t next = 0, image = -1;
   for (int64_t r = begin; r < end; ++r) {
-    const int64_t n = r / g.oh, iy = r % g.oh * g.sh - g.ph, bottom = iy + slots < g.h ? iy + slots : g.h;
-    if (n != image) next = 0, image = n;
-    next = next > iy ? next : iy;
-    for (; next < bottom; ++next) even_row(o, n, next, ring + next % slots * slot + g.pw * even);
+    const int64_t n = r / g.oh, iy = r % g.oh * g.sh - g.ph;
+    held.until(n, iy, iy + slots < g.h ? iy + slots : g.h,
+               [&](int64_t y) { even_row(o, n, y, ring + y % slots * slot + g.pw * even); });
     int64_t parts = 0;
     const int64_t wide = g.dw == 1 ? g.kw : 1;
     for (int64_t ky = 0; ky < g.kh; ++ky) {
@@ -253,7 +287,8 @@ void odd_rows(const PackedArgs<T>& o, int64_t begin, int64_t end, T* ring, T* pa
 }
 
 // A dense convolution: rows [begin, end) of N * OH. The taps are part of the product's depth: where all of a pixel's columns lie
-// inside, its values are read where they are, else (the ends of a row) from a copy `patch` [kh * kw * c] with zeros outside.
+// inside, its values are read where they are, else (the ends of a row) from a copy `patch` with zeros outside, [kh * kw * c] for
+// each of edge_pixels.
 template <class T>
 void dense_rows(const PackedArgs<T>& o, int64_t begin, int64_t end, T* patch) {
   const Tiles tiles;
@@ -263,7 +298,7 @@ void dense_rows(const PackedArgs<T>& o, int64_t begin, int64_t end, T* patch) {
   int64_t first = (g.pw + g.sw - 1) / g.sw, last = g.w - 1 - reach + g.pw < 0 ? 0 : (g.w - 1 - reach + g.pw) / g.sw + 1;
   first = first < g.ow ? first : g.ow;
   last = last < first ? first : (last < g.ow ? last : g.ow);
-  const int64_t zero = 0;
+  const int64_t zero = 0, edge = edge_pixels(total);
   const Runs all{1, words<T>(total), &zero, &zero};
   int64_t from[64], panel[64];
   for (int64_t r = begin; r < end; ++r) {
@@ -286,13 +321,86 @@ void dense_rows(const PackedArgs<T>& o, int64_t begin, int64_t end, T* patch) {
       });
     };
     for (int64_t ox = first; ox < last; ox += o.tile) pixels(ox, ox + o.tile < last ? ox + o.tile : last);
-    for (int64_t ox = 0; ox < g.ow; ++ox) {
-      if (ox == first) ox = last;
-      if (ox >= g.ow) break;
-      gather(g, image, iy, ox, patch);
-      with_put(o.y, o.add, r * g.ow + ox, g.k, o.pw_shift, o.act,
-               [&](const auto& put) { runs_product(1, all, patch, total, o.pw, rows, o.kp, put); });
+    const auto edges = [&](int64_t ox0, int64_t ox1) {
+      for (int64_t ox = ox0; ox < ox1; ox += edge) {
+        const int64_t count = ox + edge < ox1 ? edge : ox1 - ox;
+        for (int64_t i = 0; i < count; ++i) gather(g, image, iy, ox + i, patch + i * total);
+        with_put(o.y, o.add, r * g.ow + ox, g.k, o.pw_shift, o.act,
+                 [&](const auto& put) { runs_product(count, all, patch, total, o.pw, rows, o.kp, put); });
+      }
+    };
+    edges(0, first);
+    edges(last, g.ow);
+  }
+}
+
+// Any other transposed convolution: rows [begin, end) of N * OH. Row oy of the result reads those rows iy of x, and column ox
+// those columns ix, for which oy + ph = iy sh + ky dh and ox + pw = ix sw + kx dw. So the pixels of every sw-th column are a
+// convolution of neighbours, whose taps are a part of the kernel. `patch` is dense_rows's.
+template <class T>
+void overlapping_rows(const PackedArgs<T>& o, int64_t begin, int64_t end, T* patch) {
+  const Tiles tiles;
+  const Geometry& g = o.g;
+  const int64_t line = g.w * g.c, rows = panel_rows<T>(g.c, g.kh * g.kw);
+  int64_t from[64], panel[64], at[64], source[64], column[64];
+  for (int64_t r = begin; r < end; ++r) {
+    const int64_t n = r / g.oh, oy = r % g.oh;
+    const T* image = o.x + n * g.h * line;
+    for (int64_t ox = 0; ox < g.sw && ox < g.ow; ++ox) {
+      const int64_t count = (g.ow - ox + g.sw - 1) / g.sw;  // of its pixels
+      int64_t parts = 0, first = 0, last = count;           // those pixels whose taps all lie inside
+      for (int64_t ky = 0; ky < g.kh; ++ky) {
+        const int64_t down = oy + g.ph - ky * g.dh;
+        if (down < 0 || down % g.sh != 0 || down / g.sh >= g.h) continue;
+        for (int64_t kx = 0; kx < g.kw; ++kx) {
+          const int64_t across = ox + g.pw - kx * g.dw;
+          if (across % g.sw != 0) continue;
+          const int64_t left = across / g.sw;
+          first = first > -left ? first : -left;
+          last = last < g.w - left ? last : g.w - left;
+          source[parts] = down / g.sh * line, column[parts] = left;
+          from[parts] = source[parts] + left * g.c, at[parts] = parts * g.c;
+          panel[parts++] = (ky * g.kw + kx) * words<T>(g.c);
+        }
+      }
+      first = first < count ? first : count;
+      last = last > first ? last : first;
+      const auto pixels = [&](int64_t j, const Runs& runs, int64_t rows_of_a, const T* a, int64_t row) {
+        with_put(
+            o.y, o.add, r * g.ow + ox + j * g.sw, g.k, o.pw_shift, o.act,
+            [&](const auto& put) { runs_product(rows_of_a, runs, a, row, o.pw, rows, o.kp, put); }, g.sw);
+      };
+      for (int64_t j = first; j < last; j += o.tile) {
+        pixels(j, Runs{parts, words<T>(g.c), from, panel}, j + o.tile < last ? o.tile : last - j, image + j * g.c, g.c);
+      }
+      const int64_t total = parts * g.c, most = edge_pixels(total);
+      const auto edges = [&](int64_t j0, int64_t j1) {
+        for (int64_t j = j0; j < j1; j += most) {
+          const int64_t some = j + most < j1 ? most : j1 - j;
+          for (int64_t i = 0; i < some; ++i) {
+            for (int64_t part = 0; part < parts; ++part) {
+              const int64_t x = j + i + column[part];
+              T* const to = patch + i * total + part * g.c;
+              const T* const value = image + source[part] + x * g.c;
+              for (int64_t c = 0; c < g.c; ++c) to[c] = x >= 0 && x < g.w ? value[c] : T(0);
+            }
+          }
+          pixels(j, Runs{parts, words<T>(g.c), at, panel}, some, patch, total);
+        }
+      };
+      edges(0, first);
+      edges(last, count);
     }
+  }
+}
+
+// Either of them.
+template <class T>
+void dense_or_odd_rows(const PackedArgs<T>& o, bool odd, int64_t begin, int64_t end, T* rows, T* patch, Held& held) {
+  if (odd) {
+    odd_rows(o, begin, end, rows, patch, held);
+  } else {
+    dense_rows(o, begin, end, rows);
   }
 }
 
@@ -304,6 +412,7 @@ void pooled_rows(const PackedArgs<T>& o, const Windows& p, int64_t rows, int64_t
                  int64_t begin, int64_t end, T* y, T* band, T* ring, T* patch) {
   const int64_t line = p.width * p.channels;
   int64_t image = -1, first = 0, last = 0;  // the rows in the band
+  Held held;
   for (int64_t r = begin; r < end;) {
     const int64_t n = r / rows, top = r % rows;
     int64_t stop = top + together < rows ? top + together : rows;
@@ -318,14 +427,50 @@ void pooled_rows(const PackedArgs<T>& o, const Windows& p, int64_t rows, int64_t
     if (last < to) {
       PackedArgs<T> part = o;
       part.y = band - (n * p.height + first) * line;
-      if (odd) {
-        odd_rows(part, n * p.height + last, n * p.height + to, ring, patch);
-      } else {
-        dense_rows(part, n * p.height + last, n * p.height + to, ring);
-      }
+      dense_or_odd_rows(part, odd, n * p.height + last, n * p.height + to, ring, patch, held);
       last = to;
     }
     for (int64_t row = top; row < stop; ++row, ++r) max_row(p, band - first * line, row, columns, y + r * columns * p.channels);
+  }
+}
+
+// The rows of a ring that lie under the kernel at row iy of the image; null outside it.
+template <class T>
+SEGFAST_INLINE void under_kernel(const Geometry& g, int64_t iy, const T* ring, int64_t slot, const T** rows) {
+  const int64_t slots = g.dh * (g.kh - 1) + 1;
+  for (int64_t ky = 0; ky < g.kh; ++ky) {
+    const int64_t y = iy + ky * g.dh;
+    rows[ky] = y >= 0 && y < g.h ? ring + y % slots * slot : nullptr;
+  }
+}
+
+// A dense convolution `s` and the separable block o that alone reads it: rows [begin, end) of N * OH. Its rows under the kernel
+// of the block are kept in a ring, zero before, as in inverted_rows; each is computed once, but for the first ones of a range.
+template <class T>
+void conv_separable_rows(const PackedArgs<T>& s, const PackedArgs<T>& o, bool odd, int64_t begin, int64_t end, T* ring, T* middle,
+                         T* gathered, T* patch) {
+  const Tiles tiles;
+  const Geometry& g = o.g;
+  const int64_t slots = g.dh * (g.kh - 1) + 1, slot = (g.w + 2 * g.pw) * g.c;
+  Held held, inputs;
+  for (int64_t r = begin; r < end; ++r) {
+    const int64_t n = r / g.oh, iy = r % g.oh * g.sh - g.ph;
+    held.until(n, iy, iy + slots < g.h ? iy + slots : g.h, [&](int64_t y) {
+      PackedArgs<T> part = s;
+      const int64_t row = n * g.h + y;
+      part.y = ring + y % slots * slot + (g.pw - row * g.w) * g.c;
+      dense_or_odd_rows(part, odd, row, row + 1, gathered, patch, inputs);
+    });
+    const T* rows[64];
+    under_kernel(g, iy, ring, slot, rows);
+    for (int64_t ox = 0; ox < g.ow; ox += o.tile) {
+      const int64_t count = ox + o.tile < g.ow ? o.tile : g.ow - ox;
+      with_middle(middle, o.lda, g.c, o.dw_shift, o.dw_act,
+                  [&](const auto& put) { depthwise_inside(g, rows, o.dw, g.c, count, put); });
+      with_put(o.y, o.add, r * g.ow + ox, g.k, o.pw_shift, o.act,
+               [&](const auto& put) { plain_product(count, g.c, middle, o.lda, o.pw, o.kp, o.deep, put); });
+      for (int64_t ky = 0; ky < g.kh; ++ky) rows[ky] += rows[ky] ? o.tile * g.sw * g.c : 0;
+    }
   }
 }
 
@@ -353,12 +498,10 @@ void inverted_rows(const PackedArgs<T>& o, int64_t begin, int64_t end, T* ring, 
       for (int64_t i = 0; i < (x0 - left) * o.cp; ++i) to[i] = T(0);
       for (int64_t i = (x1 - left) * o.cp; i < (right - left) * o.cp; ++i) to[i] = T(0);
     }
-    int64_t next = 0;
+    Held held;
     for (int64_t oy = oy0; oy < oy1; ++oy) {
       const int64_t iy = oy * g.sh - g.ph;
-      const int64_t bottom = iy + slots < g.h ? iy + slots : g.h;
-      next = next > iy ? next : iy;
-      for (; next < bottom; ++next) {
+      held.until(n, iy, iy + slots < g.h ? iy + slots : g.h, [&](int64_t next) {
         const T* from = o.x + ((n * g.h + next) * g.w + x0) * o.ci;
         if (lda != o.ci) {
           spread_rows(x1 - x0, o.ci, from, line, lda);
@@ -369,12 +512,9 @@ void inverted_rows(const PackedArgs<T>& o, int64_t begin, int64_t end, T* ring, 
                       plain_product(x1 - x0, o.ci, from, lda, o.expand, o.cp, o.deep, put,
                                     RowsAhead<T>{o.x + ((n * g.h + next + 1) * g.w + x0) * o.ci, o.ci});
                     });
-      }
+      });
       const T* rows[64];
-      for (int64_t ky = 0; ky < g.kh; ++ky) {
-        const int64_t y = iy + ky * g.dh;
-        rows[ky] = y >= 0 && y < g.h ? ring + y % slots * slot : nullptr;
-      }
+      under_kernel(g, iy, ring, slot, rows);
       with_middle(middle, o.lda, o.cp, o.dw_shift, o.dw_act,
                   [&](const auto& put) { depthwise_inside(g, rows, o.dw, o.cp, count, put); });
       with_put(o.y, o.add, (n * g.oh + oy) * g.ow + ox0, g.k, o.pw_shift, o.act,
@@ -392,11 +532,12 @@ namespace segfast {
 namespace {
 
 Counter conv_counter("packed_conv"), winograd_counter("packed_winograd"), transpose_counter("packed_conv_transpose"),
-    pool_counter("packed_conv_pool"), ds_counter("packed_ds_conv"), chain_counter("packed_ds_conv_chain"),
-    inverted_counter("packed_inverted_residual");
+    classes_counter("packed_conv_transpose_argmax"), overlap_counter("packed_conv_transpose_overlap"),
+    pool_counter("packed_conv_pool"), first_counter("packed_conv_ds_conv"), ds_counter("packed_ds_conv"),
+    chain_counter("packed_ds_conv_chain"), inverted_counter("packed_inverted_residual");
 
 using Ints = torch::headeronly::IntHeaderOnlyArrayRef;
-enum Kind : int64_t { kDense, kDepthwise, kSeparable, kInverted, kWinograd, kTransposed };
+enum Kind : int64_t { kDense, kDepthwise, kSeparable, kInverted, kWinograd, kTransposed, kOverlapping };
 constexpr int64_t kWinogradBytes = 524288;  // of the input tiles at a time, most of L2
 constexpr int64_t kMagic = 0x3276636b70666773;
 
@@ -576,6 +717,22 @@ Tensor pack_conv_transpose_cpu(const Tensor& weight, const Tensor& bias, int64_t
   return packer.finish(weight);
 }
 
+Tensor pack_conv_transpose_overlap_cpu(const Tensor& weight, const Tensor& bias, int64_t groups,
+                                       std::optional<ScalarType> dtype) {
+  const char* op = "pack_conv_transpose_overlap";
+  STD_TORCH_CHECK(groups == 1 && weight.dim() == 4, op, ": want groups 1 and weights (C, K, kh, kw)");
+  const Tensor turned = torch::stable::transpose(weight, 0, 1);
+  want_weight(op, turned, bias, -1);
+  Packer packer({.kind = kOverlapping,
+                 .bfloat16 = is_bfloat16(op, dtype),
+                 .c = weight.size(0),
+                 .k = weight.size(1),
+                 .kh = weight.size(2),
+                 .kw = weight.size(3)});
+  packer.panels(&Header::pw, &Header::pw_shift, turned, bias);
+  return packer.finish(weight);
+}
+
 Tensor pack_ds_conv_cpu(const Tensor& dw_weight, const Tensor& dw_bias, const Tensor& pw_weight, const Tensor& pw_bias,
                         std::optional<ScalarType> dtype) {
   want_weight("pack_ds_conv", dw_weight, dw_bias, 1);
@@ -634,6 +791,43 @@ Header header_of(const char* op, const Tensor& packed, ScalarType dtype) {
   return h;
 }
 
+// What the kernels get of packed weights and the geometry of their convolution (in a block, of the depthwise one) of n images of
+// this size.
+template <class T>
+PackedArgs<T> arguments(const char* op, const Header& h, const Tensor& packed, int64_t n, int64_t height, int64_t width,
+                        Ints stride, Ints padding, Ints dilation) {
+  for (const auto& [value, least] : {std::pair{stride, 1}, {padding, 0}, {dilation, 1}}) {
+    STD_TORCH_CHECK(value.size() == 2 && value[0] >= least && value[1] >= least, op,
+                    ": want pairs: stride >= 1, padding >= 0, dilation >= 1");
+  }
+  PackedArgs<T> o{};
+  o.g = Geometry{n,    h.c,       height,    width,      h.k,        0,           0,          h.kh,
+                 h.kw, stride[0], stride[1], padding[0], padding[1], dilation[0], dilation[1]};
+  Geometry& g = o.g;
+  if (h.kind == kTransposed) {
+    STD_TORCH_CHECK(g.sh == g.kh && g.sw == g.kw && g.ph == 0 && g.pw == 0 && g.dh == 1 && g.dw == 1, op,
+                    ": want the stride of the kernel, no padding and no dilation");
+    g.oh = g.h * g.kh, g.ow = g.w * g.kw;
+  } else if (h.kind == kOverlapping) {  // but for output_padding
+    g.oh = (g.h - 1) * g.sh - 2 * g.ph + g.dh * (g.kh - 1) + 1, g.ow = (g.w - 1) * g.sw - 2 * g.pw + g.dw * (g.kw - 1) + 1;
+  } else {
+    const int64_t room_h = g.h + 2 * g.ph - g.dh * (g.kh - 1) - 1, room_w = g.w + 2 * g.pw - g.dw * (g.kw - 1) - 1;
+    STD_TORCH_CHECK(room_h >= 0 && room_w >= 0, op, ": want a kernel that fits the padded input");
+    g.oh = room_h / g.sh + 1, g.ow = room_w / g.sw + 1;
+  }
+  o.deep = std::is_same_v<T, BFloat16> && isa() == Isa::amx;
+  o.ci = h.ci, o.cp = o.lda = padded(g.c), o.kp = padded(h.kind == kTransposed ? g.k * g.kw : g.k);
+  if (o.deep && (h.kind == kSeparable || h.kind == kInverted)) o.lda = deep_words<T>(g.c) * kPerWord<T>;
+  const auto at = [&](int64_t offset) { return reinterpret_cast<const float*>(data<uint8_t>(packed) + offset); };
+  o.expand = at(h.expand), o.expand_shift = at(h.expand_shift), o.dw = at(h.dw), o.dw_shift = at(h.dw_shift);
+  o.pw = at(h.pw), o.pw_shift = at(h.pw_shift);
+  return o;
+}
+
+void want_activations(const char* op, std::initializer_list<int64_t> acts) {
+  for (const int64_t act : acts) STD_TORCH_CHECK(act >= kIdentity && act <= kLeakyRelu, op, ": want an activation from 0 to 5");
+}
+
 // A checked call: its tensors, and what the kernels get.
 template <class T>
 struct Call {
@@ -655,34 +849,14 @@ struct Call {
     STD_TORCH_CHECK(input.is_cpu() && input.dim() == 4 && input.scalar_type() == dtype, op,
                     ": want x (N, C, H, W) in float32 or bfloat16 on the CPU");
     const Header h = header_of(op, packed, dtype);
-    const auto* bytes = data<uint8_t>(packed);
     kind = h.kind;
-    for (const auto& [value, least] : {std::pair{stride, 1}, {padding, 0}, {dilation, 1}}) {
-      STD_TORCH_CHECK(value.size() == 2 && value[0] >= least && value[1] >= least, op,
-                      ": want pairs: stride >= 1, padding >= 0, dilation >= 1");
-    }
-    for (const int64_t act : acts) STD_TORCH_CHECK(act >= kIdentity && act <= kLeakyRelu, op, ": want an activation from 0 to 5");
+    want_activations(op, acts);
     const int64_t channels = h.kind == kInverted ? h.ci : h.c;
-    const int64_t behind = joined.more ? joined.more->size(1) : 0, height = input.size(2) * joined.fy;
-    const int64_t width = input.size(3) * joined.fx;
+    const int64_t behind = joined.more ? joined.more->size(1) : 0;
     STD_TORCH_CHECK(input.size(1) + behind == channels, op, ": want as many channels in x as the weights have");
-    o.g = Geometry{input.size(0), h.c,       height,    width,      h.k,        0,           0,          h.kh,
-                   h.kw,          stride[0], stride[1], padding[0], padding[1], dilation[0], dilation[1]};
-    Geometry& g = o.g;
-    if (kind == kTransposed) {
-      STD_TORCH_CHECK(g.sh == g.kh && g.sw == g.kw && g.ph == 0 && g.pw == 0 && g.dh == 1 && g.dw == 1, op,
-                      ": want the stride of the kernel, no padding and no dilation");
-      g.oh = g.h * g.kh, g.ow = g.w * g.kw;
-    } else {
-      const int64_t room_h = g.h + 2 * g.ph - g.dh * (g.kh - 1) - 1, room_w = g.w + 2 * g.pw - g.dw * (g.kw - 1) - 1;
-      STD_TORCH_CHECK(room_h >= 0 && room_w >= 0, op, ": want a kernel that fits the padded input");
-      g.oh = room_h / g.sh + 1, g.ow = room_w / g.sw + 1;
-    }
-    o.deep = dtype == ScalarType::BFloat16 && isa() == Isa::amx;
-    o.ci = h.ci, o.cp = o.lda = padded(g.c), o.kp = padded(kind == kTransposed ? g.k * g.kw : g.k);
-    const auto at = [&](int64_t offset) { return reinterpret_cast<const float*>(bytes + offset); };
-    o.expand = at(h.expand), o.expand_shift = at(h.expand_shift), o.dw = at(h.dw), o.dw_shift = at(h.dw_shift);
-    o.pw = at(h.pw), o.pw_shift = at(h.pw_shift);
+    o = arguments<T>(op, h, packed, input.size(0), input.size(2) * joined.fy, input.size(3) * joined.fx, stride, padding,
+                     dilation);
+    const Geometry& g = o.g;
     o.planar = kind == kDense && (g.c % kPerWord<T> != 0 || g.c == 3) && input.is_contiguous();
     if (!o.planar) x = contiguous_as(input, true);
     if (result) y = empty({g.n, g.k, g.oh, g.ow}, dtype, x, true);
@@ -709,7 +883,7 @@ struct Gathered {
     const Geometry& g = o.g;
     const int64_t even = words<T>(g.c) * kPerWord<T>;
     odd = g.c % kPerWord<T> != 0 || o.planar;
-    rows = odd ? (g.dh * (g.kh - 1) + 1) * (g.w + 2 * g.pw) * even : g.kh * g.kw * g.c;
+    rows = odd ? (g.dh * (g.kh - 1) + 1) * (g.w + 2 * g.pw) * even : g.kh * g.kw * g.c * edge_pixels(g.kh * g.kw * g.c);
     patch = o.deep && g.c % kPerWord<T> != 0 ? o.tile * panel_rows<T>(g.c, g.kh * g.kw) * kPerWord<T> : 0;
   }
 };
@@ -735,12 +909,9 @@ Tensor packed_conv(const Tensor& x, const Tensor& packed, Ints stride, Ints padd
   } else {
     const Gathered<T> sizes(o);
     parallel_for(0, g.n * g.oh, 1, [&](int64_t begin, int64_t end) {
-      const Buffer<T> rows(sizes.rows, false), patch(sizes.patch);
-      if (sizes.odd) {
-        SEGFAST_PACKED_CALL(T, odd_rows, o, begin, end, rows.p, sizes.patch ? patch.p : nullptr);
-      } else {
-        SEGFAST_PACKED_CALL(T, dense_rows, o, begin, end, rows.p);
-      }
+      const Buffer<T> rows(sizes.rows, sizes.odd), patch(sizes.patch);
+      Held held;
+      SEGFAST_PACKED_CALL(T, dense_or_odd_rows, o, sizes.odd, begin, end, rows.p, sizes.patch ? patch.p : nullptr, held);
     });
   }
   return call.y;
@@ -765,8 +936,35 @@ Tensor packed_conv_pool(const Tensor& x, const Tensor& packed, Ints stride, Ints
   const int64_t together = std::clamp<int64_t>((524288 / (line * static_cast<int64_t>(sizeof(T))) - reach) / p.sh + 1, 1, 8);
   const Gathered<T> sizes(o);
   parallel_for(0, g.n * rows, 1, [&](int64_t begin, int64_t end) {
-    const Buffer<T> gathered(sizes.rows, false), patch(sizes.patch), band((reach + (together - 1) * p.sh) * line, false);
+    const Buffer<T> gathered(sizes.rows, sizes.odd), patch(sizes.patch), band((reach + (together - 1) * p.sh) * line, false);
     SEGFAST_PACKED_CALL(T, pooled_rows, o, p, rows, columns, together, sizes.odd, begin, end, data<T>(y), band.p, gathered.p,
+                        sizes.patch ? patch.p : nullptr);
+  });
+  return y;
+}
+
+template <class T>
+Tensor packed_conv_ds_conv(const Tensor& x, const Tensor& first, Ints first_stride, Ints first_padding, Ints first_dilation,
+                           int64_t first_act, const Tensor& packed, Ints stride, Ints padding, Ints dilation, int64_t dw_act,
+                           int64_t act) {
+  const char* op = "packed_conv_ds_conv";
+  Call<T> call(op, x, first, first_stride, first_padding, first_dilation, {first_act, dw_act, act}, {}, {}, false);
+  PackedArgs<T>& s = call.o;
+  const Header h = header_of(op, packed, Call<T>::dtype);
+  STD_TORCH_CHECK(
+      call.kind == kDense && h.kind == kSeparable && h.c == s.g.k && h.c % kPad == 0, op,
+      ": want dense weights from pack_conv, and weights from pack_ds_conv for the channels that they give, a multiple of 16");
+  s.act = first_act, s.tile = product_pixels<T>(s.g.c * sizeof(T), 65536, 192);
+  PackedArgs<T> o = arguments<T>(op, h, packed, s.g.n, s.g.oh, s.g.ow, stride, padding, dilation);
+  const Geometry& g = o.g;
+  const Tensor y = empty({g.n, g.k, g.oh, g.ow}, Call<T>::dtype, call.x, true);
+  o.y = data<T>(y), o.dw_act = dw_act, o.act = act, o.tile = product_pixels<T>(o.cp * sizeof(T), 49152, 96);
+  if (y.numel() == 0) return y;
+  const Gathered<T> sizes(s);
+  const int64_t ring = (g.dh * (g.kh - 1) + 1) * (g.w + 2 * g.pw) * g.c;
+  parallel_for(0, g.n * g.oh, 1, [&](int64_t begin, int64_t end) {
+    const Buffer<T> gathered(sizes.rows, sizes.odd), patch(sizes.patch), rows(ring), middle(o.tile * o.lda, o.deep);
+    SEGFAST_PACKED_CALL(T, conv_separable_rows, s, o, sizes.odd, begin, end, rows.p, middle.p, gathered.p,
                         sizes.patch ? patch.p : nullptr);
   });
   return y;
@@ -784,6 +982,50 @@ Tensor packed_conv_transpose(const Tensor& x, const Tensor& packed, Ints stride,
   parallel_for(0, o.g.n * o.g.h * o.g.kh, 1,
                [&](int64_t begin, int64_t end) { SEGFAST_PACKED_CALL(T, transposed_rows, o, begin, end); });
   return call.y;
+}
+
+template <class T>
+Tensor packed_conv_transpose_overlap(const Tensor& x, const Tensor& packed, Ints stride, Ints padding, Ints dilation,
+                                     Ints output_padding, int64_t act) {
+  const char* op = "packed_conv_transpose_overlap";
+  Call<T> call(op, x, packed, stride, padding, dilation, {act}, {}, {}, false);
+  STD_TORCH_CHECK(call.kind == kOverlapping, op, ": want weights from pack_conv_transpose_overlap");
+  PackedArgs<T>& o = call.o;
+  Geometry& g = o.g;
+  STD_TORCH_CHECK(g.c % kPerWord<T> == 0, op, ": want an even number of channels in bfloat16");
+  STD_TORCH_CHECK(output_padding.size() == 2 && output_padding[0] >= 0 && output_padding[1] >= 0, op,
+                  ": want two numbers of output_padding, 0 or more");
+  g.oh += output_padding[0], g.ow += output_padding[1];
+  STD_TORCH_CHECK(g.h > 0 && g.w > 0 && g.oh > 0 && g.ow > 0, op, ": want a map that leaves some of the result");
+  const Tensor y = empty({g.n, g.k, g.oh, g.ow}, Call<T>::dtype, call.x, true);
+  o.y = data<T>(y), o.act = act, o.tile = product_pixels<T>(g.c * sizeof(T), 65536, 192);
+  if (y.numel() == 0) return y;
+  parallel_for(0, g.n * g.oh, 1, [&](int64_t begin, int64_t end) {
+    const int64_t most = g.kh * g.kw * g.c;
+    const Buffer<T> patch(std::max(most, int64_t{4096}), false);
+    SEGFAST_PACKED_CALL(T, overlapping_rows, o, begin, end, patch.p);
+  });
+  return y;
+}
+
+template <class T>
+Tensor packed_conv_transpose_argmax(const Tensor& x, const Tensor& packed, Ints stride, Ints padding, Ints dilation, int64_t act,
+                                    int64_t bytes) {
+  const char* op = "packed_conv_transpose_argmax";
+  Call<T> call(op, x, packed, stride, padding, dilation, {act}, {}, {}, false);
+  STD_TORCH_CHECK(call.kind == kTransposed, op, ": want weights from pack_conv_transpose");
+  PackedArgs<T>& o = call.o;
+  const Geometry& g = o.g;
+  STD_TORCH_CHECK(g.c % kPerWord<T> == 0, op, ": want an even number of channels in bfloat16");
+  const Tensor classes = empty({g.n, g.oh, g.ow}, integer_of(op, bytes), call.x);
+  o.act = act, o.tile = product_pixels<T>(g.kw * g.k * sizeof(T), 24576, 192);
+  if (classes.numel() == 0) return classes;
+  parallel_for(0, g.n * g.h * g.kh, 1, [&](int64_t begin, int64_t end) {
+    const Buffer<T> run(o.tile * g.kw * g.k, false);
+    const Buffer<float> index(o.tile * g.kw, false);
+    SEGFAST_PACKED_CALL(T, transposed_classes, o, begin, end, bytes, classes.data_ptr(), run.p, index.p);
+  });
+  return classes;
 }
 
 Tensor packed_winograd(const Tensor& x, const Tensor& packed, Ints stride, Ints padding, Ints dilation, int64_t act,
@@ -810,7 +1052,6 @@ Tensor packed_ds_conv(const Tensor& x, const Tensor& packed, Ints stride, Ints p
   Call<T> call("packed_ds_conv", x, packed, stride, padding, dilation, {dw_act, act}, add);
   STD_TORCH_CHECK(call.kind == kSeparable, "packed_ds_conv: want weights from pack_ds_conv");
   PackedArgs<T>& o = call.o;
-  if (o.deep) o.lda = deep_words<T>(o.g.c) * kPerWord<T>;
   o.dw_act = dw_act, o.act = act, o.tile = product_pixels<T>(o.cp * sizeof(T), 49152, 96);
   if (call.y.numel() == 0) return call.y;
   const int64_t pixels = o.g.pixels(), tiles = (pixels + o.tile - 1) / o.tile;
@@ -832,19 +1073,16 @@ Tensor packed_ds_conv_chain(const Tensor& x, const Tensor& packed, Ints stride, 
   STD_TORCH_CHECK(call.kind == kSeparable, op, ": want weights from pack_ds_conv");
   PackedArgs<T>& o = call.o;
   const Geometry& g = o.g;
-  if (o.deep) o.lda = deep_words<T>(g.c) * kPerWord<T>;
   o.dw_act = dw_act, o.act = act, o.tile = product_pixels<T>(o.cp * sizeof(T), 49152, 96);
   PackedArgs<T> behind{};
   if (last) {
     const Header h = header_of(op, *last, Call<T>::dtype);
     STD_TORCH_CHECK(h.kind == kDense && h.kh * h.kw == 1 && h.c == g.k && g.k % kPerWord<T> == 0, op,
                     ": want last from pack_conv, 1 x 1, with an even number of inputs, those that the block gives");
-    const auto at = [&](int64_t offset) { return reinterpret_cast<const float*>(data<uint8_t>(*last) + offset); };
-    behind.g = Geometry{g.n, g.k, g.oh, g.ow, h.k, g.oh, g.ow, 1, 1, 1, 1, 0, 0, 1, 1};
-    behind.cp = padded(g.k), behind.kp = padded(h.k), behind.deep = o.deep, behind.act = last_act;
+    const std::array<int64_t, 2> one{1, 1}, zero{0, 0};
+    behind = arguments<T>(op, h, *last, g.n, g.oh, g.ow, one, zero, one);
     behind.lda = o.deep ? deep_words<T>(g.k) * kPerWord<T> : g.k;
-    behind.tile = product_pixels<T>(g.k * sizeof(T), 65536, 192);
-    behind.pw = at(h.pw), behind.pw_shift = at(h.pw_shift);
+    behind.act = last_act, behind.tile = product_pixels<T>(g.k * sizeof(T), 65536, 192);
     call.y = empty({g.n, h.k, g.oh, g.ow}, Call<T>::dtype, call.x, true);
     behind.y = data<T>(call.y);
   }
@@ -919,7 +1157,6 @@ Tensor packed_inverted_residual(const Tensor& x, const Tensor& packed, Ints stri
   o.strip = (g.ow + strips - 1) / strips;
   const int64_t columns = (o.strip - 1) * g.sw + g.dw * (g.kw - 1) + 1;
   const int64_t ci = (o.deep ? deep_words<T>(o.ci) : words<T>(o.ci)) * kPerWord<T>, spread = ci == o.ci ? 0 : columns * ci;
-  if (o.deep) o.lda = deep_words<T>(g.c) * kPerWord<T>;
   parallel_for(0, g.n * ((g.ow + o.strip - 1) / o.strip) * g.oh, 1, [&](int64_t begin, int64_t end) {
     const Buffer<T> ring(slots * columns * o.cp, false), middle(o.strip * o.lda, o.deep), line(spread);
     SEGFAST_PACKED_CALL(T, inverted_rows, o, begin, end, ring.p, middle.p, line.p);
@@ -947,6 +1184,30 @@ Tensor packed_conv_transpose_cpu(const Tensor& x, const Tensor& packed, Ints str
   const bool bfloat16 = x.scalar_type() == ScalarType::BFloat16;
   const auto kernel = bfloat16 ? packed_conv_transpose<BFloat16> : packed_conv_transpose<float>;
   return kernel(x, packed, stride, padding, dilation, act, add);
+}
+
+Tensor packed_conv_transpose_argmax_cpu(const Tensor& x, const Tensor& packed, Ints stride, Ints padding, Ints dilation,
+                                        int64_t act, int64_t bytes) {
+  classes_counter.add();
+  const bool bfloat16 = x.scalar_type() == ScalarType::BFloat16;
+  const auto kernel = bfloat16 ? packed_conv_transpose_argmax<BFloat16> : packed_conv_transpose_argmax<float>;
+  return kernel(x, packed, stride, padding, dilation, act, bytes);
+}
+
+Tensor packed_conv_transpose_overlap_cpu(const Tensor& x, const Tensor& packed, Ints stride, Ints padding, Ints dilation,
+                                         Ints output_padding, int64_t act) {
+  overlap_counter.add();
+  const bool bfloat16 = x.scalar_type() == ScalarType::BFloat16;
+  const auto kernel = bfloat16 ? packed_conv_transpose_overlap<BFloat16> : packed_conv_transpose_overlap<float>;
+  return kernel(x, packed, stride, padding, dilation, output_padding, act);
+}
+
+Tensor packed_conv_ds_conv_cpu(const Tensor& x, const Tensor& first, Ints first_stride, Ints first_padding, Ints first_dilation,
+                               int64_t first_act, const Tensor& packed, Ints stride, Ints padding, Ints dilation, int64_t dw_act,
+                               int64_t act) {
+  first_counter.add();
+  const auto run = x.scalar_type() == ScalarType::BFloat16 ? packed_conv_ds_conv<BFloat16> : packed_conv_ds_conv<float>;
+  return run(x, first, first_stride, first_padding, first_dilation, first_act, packed, stride, padding, dilation, dw_act, act);
 }
 
 Tensor packed_winograd_cpu(const Tensor& x, const Tensor& packed, Ints stride, Ints padding, Ints dilation, int64_t act,
@@ -984,12 +1245,16 @@ Tensor packed_inverted_residual_cpu(const Tensor& x, const Tensor& packed, Ints 
 STABLE_TORCH_LIBRARY_IMPL(segfast, CPU, m) {
   m.impl("pack_conv", TORCH_BOX(&segfast::pack_conv_cpu));
   m.impl("pack_conv_transpose", TORCH_BOX(&segfast::pack_conv_transpose_cpu));
+  m.impl("pack_conv_transpose_overlap", TORCH_BOX(&segfast::pack_conv_transpose_overlap_cpu));
   m.impl("pack_winograd", TORCH_BOX(&segfast::pack_winograd_cpu));
   m.impl("pack_ds_conv", TORCH_BOX(&segfast::pack_ds_conv_cpu));
   m.impl("pack_inverted_residual", TORCH_BOX(&segfast::pack_inverted_residual_cpu));
   m.impl("packed_conv", TORCH_BOX(&segfast::packed_conv_cpu));
   m.impl("packed_conv_pool", TORCH_BOX(&segfast::packed_conv_pool_cpu));
   m.impl("packed_conv_transpose", TORCH_BOX(&segfast::packed_conv_transpose_cpu));
+  m.impl("packed_conv_transpose_argmax", TORCH_BOX(&segfast::packed_conv_transpose_argmax_cpu));
+  m.impl("packed_conv_transpose_overlap", TORCH_BOX(&segfast::packed_conv_transpose_overlap_cpu));
+  m.impl("packed_conv_ds_conv", TORCH_BOX(&segfast::packed_conv_ds_conv_cpu));
   m.impl("packed_winograd", TORCH_BOX(&segfast::packed_winograd_cpu));
   m.impl("packed_ds_conv", TORCH_BOX(&segfast::packed_ds_conv_cpu));
   m.impl("packed_ds_conv_chain", TORCH_BOX(&segfast::packed_ds_conv_chain_cpu));

@@ -9,39 +9,6 @@
 #ifdef SEGFAST_KERNELS
 namespace segfast::SEGFAST_ISA {
 
-template <class A>
-using Mask = decltype(Vec<A>{} < Vec<A>{});
-
-#if defined(__GNUC__) && !defined(__clang__)
-template <class A, int H, int... L>
-SEGFAST_INLINE void swap_blocks(Vec<A>& a, Vec<A>& b, std::integer_sequence<int, L...>) {
-  const Vec<A> upper = __builtin_shuffle(a, b, Mask<A>{((L & H) ? lanes<A> + L - H : L)...});
-  b = __builtin_shuffle(a, b, Mask<A>{((L & H) ? lanes<A> + L : L + H)...});
-  a = upper;
-}
-template <class A, int H = 1>
-SEGFAST_INLINE void transpose(Vec<A>* rows) {
-  if constexpr (H < lanes<A>) {
-#pragma GCC unroll 16
-    for (int i = 0; i < lanes<A>; ++i) {
-      if ((i & H) == 0) swap_blocks<A, H>(rows[i], rows[i + H], std::make_integer_sequence<int, lanes<A>>{});
-    }
-    transpose<A, 2 * H>(rows);
-  }
-}
-#else
-template <class A>
-SEGFAST_INLINE void transpose(Vec<A>* rows) {
-  for (int i = 0; i < lanes<A>; ++i) {
-    for (int j = 0; j < i; ++j) {
-      const A kept = lane<A>(rows[i], j);
-      lane<A>(rows[i], j) = lane<A>(rows[j], i);
-      lane<A>(rows[j], i) = kept;
-    }
-  }
-}
-#endif
-
 // The value between a and b. In the short form a + h1 (b - a), which wants finite and not too large numbers; else as eager does.
 template <class A, bool FINITE>
 SEGFAST_INLINE Vec<A> between(Vec<A> a, Vec<A> b, Vec<A> h0, Vec<A> h1) {
@@ -194,12 +161,6 @@ double sum_row(const A* x, int64_t count) {
   return ((sums[0] + sums[1]) + (sums[2] + sums[3])) + ((sums[4] + sums[5]) + (sums[6] + sums[7]));
 }
 
-// Classes that were carried as numbers of the compute type.
-template <class A, class U>
-void store_classes(const A* index, int64_t count, U* out) {
-  for (int64_t i = 0; i < count; ++i) out[i] = static_cast<U>(static_cast<int32_t>(index[i]));
-}
-
 }  // namespace segfast::SEGFAST_ISA
 #else
 #include <algorithm>
@@ -210,16 +171,6 @@ void store_classes(const A* index, int64_t count, U* out) {
 
 namespace segfast {
 namespace {
-
-inline ScalarType integer_of(int64_t bytes) {
-  return bytes == 1 ? ScalarType::Byte : bytes == 4 ? ScalarType::Int : ScalarType::Long;
-}
-template <class A>
-void store_line(const A* index, int64_t count, const Tensor& classes, int64_t at, int64_t bytes) {
-  if (bytes == 1) SEGFAST_CALL(store_classes<A, uint8_t>)(index, count, data<uint8_t>(classes) + at);
-  if (bytes == 4) SEGFAST_CALL(store_classes<A, int32_t>)(index, count, data<int32_t>(classes) + at);
-  if (bytes == 8) SEGFAST_CALL(store_classes<A, int64_t>)(index, count, data<int64_t>(classes) + at);
-}
 
 // A multiple of every set's lanes.
 template <class A>

@@ -1,5 +1,6 @@
 #define SEGFAST_FILE "upsample_argmax.cpp"
 #include "each_isa.h"
+#include "max_class.h"
 #include "upsample.h"
 
 #ifdef SEGFAST_KERNELS
@@ -26,7 +27,7 @@ SEGFAST_INLINE void argmax_of(const A* a, const A* b, const A* h0, const A* h1, 
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
         const Vec<A> value = between<A, FINITE>(v, w, down[r], up[r]);
-        const Mask<A> better = FINITE ? value > best[r] : (value > best[r]) | ((value != value) & (best[r] == best[r]));
+        const Mask<A> better = FINITE ? value > best[r] : is_better<A>(value, best[r]);
         best[r] = better ? value : best[r];
         at[r] = better ? number : at[r];
       }
@@ -95,7 +96,7 @@ void upsample_argmax(const Source& source, const Axis& rows, const Axis& across,
           for (int64_t r = 0; r < run; ++r) {
             const int64_t at = (image * rows.out + row + r) * across.out + strip.begin;
             const A* const line = index + r * width;
-            store_line(line, strip.count, classes, at, bytes);
+            SEGFAST_CALL(store_classes<A>)(line, strip.count, bytes, classes.data_ptr(), at);
             if (probability != nullptr) std::copy(best + r * width, best + r * width + strip.count, probability + at);
           }
         }
@@ -112,7 +113,7 @@ std::tuple<Tensor, Tensor> upsample_argmax_cpu(const Tensor& logits, std::vector
   const Axis across(source.width, size[1], align_corners, logits.scalar_type());
   const bool wide = source.x.scalar_type() == ScalarType::Double;
   const ScalarType floating = wide ? ScalarType::Double : ScalarType::Float;
-  const Tensor classes = empty({source.images, size[0], size[1]}, integer_of(bytes), source.x);
+  const Tensor classes = empty({source.images, size[0], size[1]}, integer_of("upsample_argmax", bytes), source.x);
   const Tensor best = probability ? empty({source.images, size[0], size[1]}, floating, source.x) : empty({0}, floating, source.x);
   if (wide) {
     upsample_argmax<double>(source, rows, across, classes, bytes, probability ? data<double>(best) : nullptr);

@@ -348,4 +348,38 @@ SEGFAST_INLINE A sum_lanes(Vec<A> v) {
   return total;
 }
 
+template <class A>
+using Mask = decltype(Vec<A>{} < Vec<A>{});
+
+// A block of a vector's lanes squared, transposed in registers.
+#if defined(__GNUC__) && !defined(__clang__)
+template <class A, int H, int... L>
+SEGFAST_INLINE void swap_blocks(Vec<A>& a, Vec<A>& b, std::integer_sequence<int, L...>) {
+  const Vec<A> upper = __builtin_shuffle(a, b, Mask<A>{((L & H) ? lanes<A> + L - H : L)...});
+  b = __builtin_shuffle(a, b, Mask<A>{((L & H) ? lanes<A> + L : L + H)...});
+  a = upper;
+}
+template <class A, int H = 1>
+SEGFAST_INLINE void transpose(Vec<A>* rows) {
+  if constexpr (H < lanes<A>) {
+#pragma GCC unroll 16
+    for (int i = 0; i < lanes<A>; ++i) {
+      if ((i & H) == 0) swap_blocks<A, H>(rows[i], rows[i + H], std::make_integer_sequence<int, lanes<A>>{});
+    }
+    transpose<A, 2 * H>(rows);
+  }
+}
+#else
+template <class A>
+SEGFAST_INLINE void transpose(Vec<A>* rows) {
+  for (int i = 0; i < lanes<A>; ++i) {
+    for (int j = 0; j < i; ++j) {
+      const A kept = lane<A>(rows[i], j);
+      lane<A>(rows[i], j) = lane<A>(rows[j], i);
+      lane<A>(rows[j], i) = kept;
+    }
+  }
+}
+#endif
+
 }  // namespace segfast::SEGFAST_ISA

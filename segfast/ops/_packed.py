@@ -22,6 +22,7 @@ _GEOMETRY = "SymInt[] stride, SymInt[] padding, SymInt[] dilation"
 _SCHEMAS = {
     "pack_conv": "(Tensor weight, Tensor bias, int groups, ScalarType? dtype=None) -> Tensor",
     "pack_conv_transpose": "(Tensor weight, Tensor bias, int groups, ScalarType? dtype=None) -> Tensor",
+    "pack_conv_transpose_overlap": "(Tensor weight, Tensor bias, int groups, ScalarType? dtype=None) -> Tensor",
     "pack_winograd": "(Tensor weight, Tensor bias, int groups, ScalarType? dtype=None) -> Tensor",
     "pack_ds_conv": "(Tensor dw_weight, Tensor dw_bias, Tensor pw_weight, Tensor pw_bias, ScalarType? dtype=None) -> Tensor",
     "pack_inverted_residual": "(Tensor expand_weight, Tensor expand_bias, Tensor dw_weight, Tensor dw_bias, "
@@ -30,6 +31,10 @@ _SCHEMAS = {
     "packed_conv_pool": f"(Tensor x, Tensor packed, {_GEOMETRY}, int act, SymInt[] size, SymInt[] kernel, SymInt[] pool_stride, "
     "SymInt[] pool_padding, SymInt[] pool_dilation) -> Tensor",
     "packed_conv_transpose": f"(Tensor x, Tensor packed, {_GEOMETRY}, int act, Tensor? add=None) -> Tensor",
+    "packed_conv_transpose_argmax": f"(Tensor x, Tensor packed, {_GEOMETRY}, int act, int bytes) -> Tensor",
+    "packed_conv_transpose_overlap": f"(Tensor x, Tensor packed, {_GEOMETRY}, SymInt[] output_padding, int act) -> Tensor",
+    "packed_conv_ds_conv": "(Tensor x, Tensor first, SymInt[] first_stride, SymInt[] first_padding, SymInt[] first_dilation, "
+    f"int first_act, Tensor packed, {_GEOMETRY}, int dw_act, int act) -> Tensor",
     "packed_winograd": f"(Tensor x, Tensor packed, {_GEOMETRY}, int act, Tensor? add=None, Tensor? more=None, "
     "SymInt[] repeat=[1, 1]) -> Tensor",
     "packed_ds_conv": f"(Tensor x, Tensor packed, {_GEOMETRY}, int dw_act, int act, Tensor? add=None) -> Tensor",

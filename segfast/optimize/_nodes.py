@@ -27,7 +27,9 @@ from segfast.optimize._patterns import (
     Recode,
     Repeat,
     Resize,
+    Scored,
     Shuffle,
+    Started,
     Step,
 )
 
@@ -35,19 +37,17 @@ aten = torch.ops.aten
 CHANNELS_LAST = torch.channels_last
 Run = Callable[..., Tensor]
 
-# oneDNN's names
-ONEDNN = {
-    "": "none", "relu": "relu", "silu": "swish", "hardswish": "hardswish", "hardtanh": "hardtanh", "leaky_relu": "leaky_relu",
-    "gelu": "gelu", "sigmoid": "sigmoid", "tanh": "tanh", "hardsigmoid": "hardsigmoid",
-}  # fmt: skip
+# oneDNN's names of the activations that it computes with a convolution and that keep NaN. Its ReLU, clamps, GELU and, after a
+# transposed convolution, sigmoid turn it into a number: they run in place behind it.
+ONEDNN = {"": "none", "silu": "swish", "hardswish": "hardswish", "leaky_relu": "leaky_relu", "tanh": "tanh"}
 
 
 # Who runs what, where several can, the first of them that is there; by what was measured faster (docs/optimize.md).
 PREFER = {
     "conv": ("packed_winograd", "packed_conv", "onednn", "aten"),
     "pointwise": ("packed_conv", "onednn", "aten"),
-    "depthwise": ("onednn", "aten"),
-    "transposed": ("packed_conv_transpose", "onednn", "aten"),
+    "depthwise": ("packed_conv", "onednn", "aten"),
+    "transposed": ("packed_conv_transpose", "packed_conv_transpose_overlap", "onednn", "aten"),
     "ds_conv": ("packed_ds_conv", "ds_conv", "parts"),
     "inverted_residual": ("packed_inverted_residual", "ds_conv", "parts"),
 }
@@ -122,29 +122,23 @@ def windows_of(op: Op) -> tuple[list[int], ...]:
     return list(op.shape[2:]), kernel, stride or kernel, padding, dilation
 
 
-def few_or_pointwise(step: Convolution) -> bool:
-    """packed_conv is faster than oneDNN for the first convolution, of few channels, and for 1x1 ones of enough outputs."""
+def direct(step: Convolution) -> bool:
+    """In float32 packed_conv takes at most a twentieth longer than oneDNN, for many channels, and puts its result where it saves
+    memory; in bfloat16 it is faster for the first convolution, of few channels, and for 1x1 ones of enough outputs."""
+    if step.output.dtype == torch.float32:
+        return (step.dense or step.depthwise) and step.taps <= MAX_TAPS
     return step.weight.shape[0] >= 17 if step.pointwise else few(step)
 
 
 def few(step: Convolution) -> bool:
-    return step.groups == 1 and step.weight.shape[1] <= 8 and step.taps <= MAX_TAPS
-
-
-def halving(step: Convolution) -> bool:
-    """3x3 of stride 2 from 64 to 128 channels to a large map: packed_conv takes a tenth longer than oneDNN, but puts its result
-    where it saves memory."""
-    (_, inputs, *size), result = step.weight.shape, step.output
-    plain = size == [3, 3] and tuple(step.stride) == (2, 2) and step.groups == 1 and result.dtype == torch.float32
-    return plain and 64 <= inputs <= 128 and math.prod(result.shape) >= 1 << 20
+    return step.dense and step.weight.shape[1] <= 8 and step.taps <= MAX_TAPS
 
 
 def winograd(step: Convolution) -> bool:
-    """3x3 of stride 1, with so many channels that oneDNN's direct form is slower; of a large map 16, which are even, too: a
-    kernel of ours puts its result where it saves memory."""
+    """3x3 of stride 1, with so many channels that the direct form is slower."""
     outputs, inputs, *size = step.weight.shape
-    plain = size == [3, 3] and tuple(step.stride) == (1, 1) and step.groups == 1 and step.output.dtype == torch.float32
-    return plain and inputs >= 16 and outputs >= (17 if math.prod(step.output.shape[2:]) < 1 << 18 else 16)
+    plain = size == [3, 3] and tuple(step.stride) == (1, 1) and step.dense and step.output.dtype == torch.float32
+    return plain and inputs >= 16 and outputs >= 16
 
 
 def tiled(step: Convolution) -> bool:
@@ -155,17 +149,22 @@ def tiled(step: Convolution) -> bool:
     return plain and tuple(step.stride) == size and step.taps <= MAX_TAPS and whole
 
 
+def overlapping(step: Convolution) -> bool:
+    return step.output.dtype == torch.float32 and step.groups == 1 and step.taps <= MAX_TAPS
+
+
 SUITS = {
-    "packed_conv": lambda step: few_or_pointwise(step) or halving(step),
+    "packed_conv": direct,
     "packed_winograd": winograd,
     "packed_conv_transpose": tiled,
+    "packed_conv_transpose_overlap": overlapping,
 }
 PACKED = {
     op
     for op in (
-        "packed_conv", "packed_conv_pool", "packed_conv_transpose", "packed_winograd", "packed_ds_conv", "packed_ds_conv_chain",
-        "packed_inverted_residual", "concat_affine", "resize", "repeat_pixels", "max_pool", "argmax", "quantize_map",
-        "dequantize_map",
+        "packed_conv", "packed_conv_ds_conv", "packed_conv_pool", "packed_conv_transpose", "packed_conv_transpose_argmax",
+        "packed_conv_transpose_overlap", "packed_winograd", "packed_ds_conv", "packed_ds_conv_chain", "packed_inverted_residual",
+        "concat_affine", "resize", "repeat_pixels", "max_pool", "argmax", "quantize_map", "dequantize_map",
     )
     if _backend.has_compiled(op, "CPU")
 }  # fmt: skip
@@ -226,7 +225,7 @@ class Builder:
             if who in SUITS and step.act.code is not None and self.packable(step) and self.has(who) and SUITS[who](step):
                 pack = getattr(torch.ops.segfast, who.replace("packed_", "pack_"))
                 return self.packed(step, [step], pack.default, getattr(torch.ops.segfast, who).default)
-            if who == "onednn" and native and self.onednn and step.act.name in ONEDNN:
+            if who == "onednn" and native and self.onednn:
                 return self.onednn_convolution(step)
         return self.aten_convolution(step)
 
@@ -236,6 +235,9 @@ class Builder:
         packed, geometry = self.packed_weights(parts, pack), geometry_of(spatial)
         acts = [part.act.code for part in parts]
         how = kernel.name().partition(".")[0]
+        if how.endswith("overlap"):
+            size = list(spatial.output_padding)
+            return how, lambda x: kernel(last_of(x), packed, *geometry, size, *acts), step.inputs
         if len(step.inputs) == 1:
             laid = layout_of(step.inputs[0]) if len(parts) == 1 else last_of
             return how, lambda x: kernel(laid(x), packed, *geometry, *acts, None), step.inputs
@@ -284,6 +286,32 @@ class Builder:
         laid = layout_of(step.inputs[0])
         return "segfast::packed_conv_pool", lambda x: kernel(laid(x), packed, *options), step.inputs
 
+    def classifies(self, step: Convolution) -> bool:
+        """Whether the convolution runs on the kernel that keeps the best classes of its result alone."""
+        known = step.transposed and step.act.code is not None and not step.added
+        return known and self.packable(step) and self.has("packed_conv_transpose_argmax") and tiled(step)
+
+    def scored(self, step: Scored) -> tuple[str, Run, list[Op]]:
+        conv, kernel = step.conv, torch.ops.segfast.packed_conv_transpose_argmax.default
+        packed = self.packed_weights([conv], torch.ops.segfast.pack_conv_transpose.default)
+        options = (*geometry_of(conv), conv.act.code, self.classes(step).itemsize)
+        return "segfast::packed_conv_transpose_argmax", lambda x: kernel(last_of(x), packed, *options), step.inputs
+
+    def starts(self, step: Convolution, block: Block) -> bool:
+        """Whether both run on the kernel in which the rows of the first go to the block's as they come."""
+        packed = step.act.code is not None and few(step) and not step.pointwise and not step.added
+        whole = step.weight.shape[0] % 16 == 0
+        return packed and whole and self.packable(step) and self.packable(block) and self.has("packed_conv_ds_conv")
+
+    def started(self, step: Started) -> tuple[str, Run, list[Op]]:
+        self.owned.add(step.output)
+        conv, parts, kernel = step.conv, step.block.parts, torch.ops.segfast.packed_conv_ds_conv.default
+        first = self.packed_weights([conv], torch.ops.segfast.pack_conv.default)
+        packed = self.packed_weights(parts, torch.ops.segfast.pack_ds_conv.default)
+        options = (*geometry_of(conv), conv.act.code, packed, *geometry_of(parts[0]), *(part.act.code for part in parts))
+        laid = layout_of(step.inputs[0])
+        return "segfast::packed_conv_ds_conv", lambda x: kernel(laid(x), first, *options), step.inputs
+
     def onednn_convolution(self, step: Convolution) -> tuple[str, Run, list[Op]]:
         shape = step.inputs[0].shape
 
@@ -298,43 +326,24 @@ class Builder:
         # Packed for the first size that comes: at another one oneDNN would hardly choose another layout, and could reorder.
         weight, bias = self.weights.get(named(self.graph, step, "onednn"), pack)
         padding, stride, dilation = list(step.padding), list(step.stride), list(step.dilation)
-        name, numbers, algorithm = onednn_activation(step.act)
+        within = step.act.name in ONEDNN and not step.added
+        act = function(IDENTITY if within else step.act)
+        name, numbers = (ONEDNN[step.act.name], list(step.act.numbers)) if within else ("none", [])
         if step.transposed:
             kernel = torch.ops.mkldnn._convolution_transpose_pointwise.default
-            tail = (weight, bias, padding, list(step.output_padding), stride, dilation, step.groups, name, numbers, algorithm)
-
-            def run(x):
-                return kernel(x.contiguous(memory_format=CHANNELS_LAST), *tail)
-
-            return "oneDNN", run, step.inputs
+            tail = (weight, bias, padding, list(step.output_padding), stride, dilation, step.groups, name, numbers, "")
+            return "oneDNN", lambda x: act(kernel(last_of(x), *tail)), step.inputs
         tail = (weight, bias, padding, stride, dilation, step.groups)
         if not step.added:
             kernel = torch.ops.mkldnn._convolution_pointwise.default
-            tail = (*tail, name, numbers, algorithm)
-
-            def run(x):
-                return kernel(x.contiguous(memory_format=CHANNELS_LAST), *tail)
-
-            return "oneDNN", run, step.inputs
-        act = function(step.act)
-        if name == "relu" and step.groups == 1:
-            act = function(IDENTITY)
-        else:  # after a sum PyTorch's operator knows no other; with groups it adds by itself, which in bfloat16 fails with ReLU
-            name, numbers, algorithm = None, [], ""
-        tail = (*tail, "add", 1.0, name, numbers, algorithm)
+            tail = (*tail, name, numbers, "")
+            return "oneDNN", lambda x: act(kernel(last_of(x), *tail)), step.inputs
+        tail = (*tail, "add", 1.0, None, [], "")
         if self.overwritable(step.inputs[1], step):
             kernel = torch.ops.mkldnn._convolution_pointwise_.binary
-
-            def run(x, add):
-                return act(kernel(add.contiguous(memory_format=CHANNELS_LAST), x.contiguous(memory_format=CHANNELS_LAST), *tail))
-
-            return "oneDNN, into the map that is added", run, step.inputs
+            return "oneDNN, into the map that is added", lambda x, add: act(kernel(last_of(add), last_of(x), *tail)), step.inputs
         kernel = torch.ops.mkldnn._convolution_pointwise.binary
-
-        def run(x, add):
-            return act(kernel(x.contiguous(memory_format=CHANNELS_LAST), add.contiguous(memory_format=CHANNELS_LAST), *tail))
-
-        return "oneDNN", run, step.inputs
+        return "oneDNN", lambda x, add: act(kernel(last_of(x), last_of(add), *tail)), step.inputs
 
     def aten_convolution(self, step: Convolution) -> tuple[str, Run, list[Op]]:
         dtype = step.output.dtype
@@ -533,11 +542,12 @@ class Builder:
         kernel, bytes = torch.ops.segfast.upsample_argmax.default, dtype.itemsize
         return "segfast::upsample_argmax", lambda x: kernel(x, size, align_corners, bytes, False)[0], step.inputs
 
-    def classes(self, step: Head | Argmax) -> torch.dtype:
+    def classes(self, step: Head | Argmax | Scored) -> torch.dtype:
         """int64 where the network itself goes on to use the classes."""
         if self.class_dtype is None or step.output.users != [None]:
             return torch.int64
-        classes = step.covers[0].args[0].shape[1] if isinstance(step, Argmax) else step.inputs[0].shape[1]
+        scores = step.conv.output if isinstance(step, Scored) else step.inputs[0]
+        classes = scores.shape[1]
         if classes > torch.iinfo(self.class_dtype).max + 1:
             raise ValueError(f"optimize: want a class_dtype that numbers {classes} classes, got {self.class_dtype}")
         return self.class_dtype
@@ -650,12 +660,6 @@ def last_of(x: Tensor) -> Tensor:
 def layout_of(x: Op) -> Callable[[Tensor], Tensor]:
     """To what the kernel of a dense convolution reads: of an odd number of channels, as an image has, any layout."""
     return (lambda t: t) if x.shape[1] % 2 else last_of
-
-
-def onednn_activation(act: Activation) -> tuple[str, list, str]:
-    if act.name == "gelu":
-        return "gelu", [], act.numbers[0]
-    return ONEDNN[act.name], list(act.numbers), ""
 
 
 def function(act: Activation) -> Callable[[Tensor], Tensor]:

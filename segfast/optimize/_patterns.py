@@ -81,9 +81,12 @@ class Convolution(Step):
         return not self.transposed and self.groups == shape[0] > 1 and shape[1] == 1 and self.inputs[0].shape[1] == self.groups
 
     @property
+    def dense(self) -> bool:
+        return self.groups == 1 and not self.transposed
+
+    @property
     def pointwise(self) -> bool:
-        plain = self.groups == 1 and not self.transposed and self.weight.shape[2:] == (1, 1)
-        return plain and self.stride == (1, 1) and self.padding == (0, 0)
+        return self.dense and self.weight.shape[2:] == (1, 1) and self.stride == (1, 1) and self.padding == (0, 0)
 
     @property
     def taps(self) -> int:
@@ -168,6 +171,29 @@ class Pooled(Step):
     @property
     def kind(self) -> str:
         return f"{self.conv.kind}+max_pool"
+
+
+@dataclass(eq=False)
+class Scored(Step):
+    """A convolution and the best class of every pixel of its result, which nobody else reads."""
+
+    conv: Convolution
+
+    @property
+    def kind(self) -> str:
+        return f"{self.conv.kind}+argmax"
+
+
+@dataclass(eq=False)
+class Started(Step):
+    """A convolution and the separable block that alone reads it."""
+
+    conv: Convolution
+    block: Block
+
+    @property
+    def kind(self) -> str:
+        return f"{self.conv.kind}+{self.block.kind}"
 
 
 @dataclass(eq=False)
@@ -471,6 +497,8 @@ class Abilities(Protocol):
 
     def reads_pieces(self, step: Convolution) -> bool: ...
     def pools(self, step: Convolution, pool: Step) -> bool: ...
+    def classifies(self, step: Convolution) -> bool: ...
+    def starts(self, step: Convolution, block: Block) -> bool: ...
     def chains(self, block: Block) -> bool: ...
     def scores(self, last: Convolution) -> bool: ...
     def enlarges(self, block: Block, low: Resize) -> bool: ...
@@ -478,7 +506,7 @@ class Abilities(Protocol):
 
 def join(steps: list[Step], able: Abilities) -> list[Step]:
     """The steps, with nearest interpolation and concatenation of two maps drawn into a convolution that can read such pieces,
-    max-pooling into one that can pool, and separable blocks into chains."""
+    max-pooling into one that can pool, argmax into one that can choose, and separable blocks into chains."""
     made = {step.output: step for step in steps}
     readers = {op: step for step in steps for op in step.covers}
     found: dict[Step, Step | None] = {}
@@ -501,6 +529,11 @@ def join(steps: list[Step], able: Abilities) -> list[Step]:
             if isinstance(before, Convolution) and able.pools(before, step):
                 found[step] = Pooled([*before.covers, *step.covers], before.inputs, before)
                 found[before] = None
+        elif isinstance(step, Argmax):
+            before = alone(made.get(step.inputs[0]))
+            if isinstance(before, Convolution) and able.classifies(before):
+                found[step] = Scored([*before.covers, *step.covers], before.inputs, before)
+                found[before] = None
     return [found.get(step, step) for step in steps if found.get(step, step) is not None]
 
 
@@ -518,6 +551,9 @@ def chain(block: Block, made: dict[Op, Step], readers: dict[Op, Step], able: Abi
         last = after
         steps.append(after)
     if len(steps) == 1:
+        before = alone(made.get(block.inputs[0]))
+        if isinstance(before, Convolution) and able.starts(before, block):
+            return {before: None, block: Started([*before.covers, *block.covers], before.inputs, before, block)}
         return {}
     covers = [op for step in steps for op in step.covers]
     return dict.fromkeys(steps[:-1]) | {steps[-1]: Chain(covers, inputs, block, low, place, last)}
