@@ -217,9 +217,11 @@ channels, are taken for their results' places in memory.) 3x3 convolutions of st
 filtering F(2x2, 3x3): 16 multiplications instead of 36, errors no larger than the direct form's, but a value that is not finite
 spreads over the 4x4 inputs of its tile. That kernel reads nearest interpolation, and the concatenation of two maps, in pieces:
 neither is written. The first convolution's rows go to the max-pooling, or the separable block, that follows it at once, and
-those of a transposed convolution into tiles to the argmax. Other concatenation runs with the sum, BatchNorm, ReLU or PReLU that follow it, bilinear
-interpolation writes channels_last maps, and N C H W where it is the network's own result. A separable block takes the 1x1
-convolution to few channels behind it, such as class scores, along in bands of rows. The argmax of a map that has its final size
+those of a transposed convolution into tiles to the argmax. Bilinear interpolation and the 1x1 convolution behind it change
+places where that leaves fewer pixels to convolve. Other concatenation runs with the sum, BatchNorm, ReLU or PReLU that follow
+it, bilinear interpolation writes channels_last maps, and N C H W where it is the network's own result. A separable block takes
+the 1x1 convolution to few channels behind it, such as class scores, along in bands of rows. The argmax of a map that has its
+final size
 is one pass over it, in either memory format. A product asks for its results' memory before its sums and, block by block, for
 what the tile after it reads: its arithmetic hides the wait. Floats are summed 384 at a time (Winograd's: 512), so that deep
 products are no less exact than PyTorch's, which sums in pieces on some processors.
@@ -287,7 +289,8 @@ def text(results: dict, others: dict[str, dict]) -> str:
         "## Memory",
         "",
         "MB that three calls add at their peak, each way in a process of its own, its weights ready before. Maps between "
-        "steps share one block; results of oneDNN's and PyTorch's own operators lie beside it.",
+        "steps share one block; results of oneDNN's and PyTorch's own operators lie beside it. Branches run in the order in "
+        "which less is alive at the most.",
         "",
     ]
     parts += [table(["row", "segfast", *PEERS, "segfast over the least"], cells), ""]

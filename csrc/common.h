@@ -187,15 +187,16 @@ inline Tensor contiguous_as(const Tensor& x, bool channels_last) {
   return y;
 }
 
-// Where this thread's next result of so many bytes goes: memory that a caller keeps, who promises that nobody reads the result
-// once the memory serves another (segfast.optimize, whose maps between its steps nobody else sees).
+// Where this thread's next result of so many bytes goes, and one after it of as many as the second says: memory that a caller
+// keeps, who promises that nobody reads the result once the memory serves another (segfast.optimize, whose maps between its steps
+// nobody else sees).
 struct Place {
   void* memory = nullptr;
   int64_t bytes = 0;
 };
-inline Place& next_place() {
-  thread_local Place place;
-  return place;
+inline std::array<Place, 2>& next_places() {
+  thread_local std::array<Place, 2> places;
+  return places;
 }
 
 // Bytes of one number; 0 of a dtype that no kernel makes, whose results get no place.
@@ -237,10 +238,10 @@ inline Tensor placed(const std::vector<int64_t>& size, ScalarType dtype, bool ch
 
 inline Tensor empty(std::initializer_list<int64_t> size, ScalarType dtype, const Tensor& like, bool channels_last = false) {
   const std::vector<int64_t> sizes(size);
-  if (Place& place = next_place(); place.bytes > 0) {
-    int64_t bytes = dtype_bytes(dtype);
-    for (const int64_t n : sizes) bytes *= n;
-    if (bytes == place.bytes && like.is_cpu()) {
+  int64_t bytes = dtype_bytes(dtype);
+  for (const int64_t n : sizes) bytes *= n;
+  for (Place& place : next_places()) {
+    if (place.bytes > 0 && bytes == place.bytes && like.is_cpu()) {
       void* const memory = place.memory;
       place = {};
       return placed(sizes, dtype, channels_last, memory);

@@ -128,8 +128,13 @@ PYBIND11_MODULE(_C, m) {
   m.def("advise_huge_pages", pybind11::overload_cast<uintptr_t, uintptr_t>(&segfast::advise_huge_pages), pybind11::arg("address"),
         pybind11::arg("bytes"), "Ask the system for large pages behind memory that has not been touched yet; elsewhere nothing.");
   m.def(
-      "place_next", [](uintptr_t address, int64_t bytes) { segfast::next_place() = {reinterpret_cast<void*>(address), bytes}; },
-      pybind11::arg("address"), pybind11::arg("bytes"),
-      "Put this thread's next result of exactly so many bytes at an address; it does not own that memory. 0 bytes: nowhere.");
+      "place_next",
+      [](uintptr_t address, int64_t bytes, uintptr_t then, int64_t then_bytes) {
+        segfast::next_places() = {{{reinterpret_cast<void*>(address), bytes}, {reinterpret_cast<void*>(then), then_bytes}}};
+      },
+      pybind11::arg("address"), pybind11::arg("bytes"), pybind11::arg("then") = 0, pybind11::arg("then_bytes") = 0,
+      "Put this thread's next result of exactly so many bytes at an address, and one of other bytes at another; they do not own "
+      "that "
+      "memory. 0 bytes: nowhere.");
   m.def("kernel_calls", &segfast::kernel_calls, "{op: how many times its compiled kernels ran in this process}.");
 }

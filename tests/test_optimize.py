@@ -571,6 +571,8 @@ def places(optimized) -> list[tuple[str, int, int, int, int]]:
     plan = _memory.Plan(SimpleNamespace(outputs=[program.steps[-1][0].output]), program.steps)
     spans = []
     for op, (offset, size) in plan.places.items():
+        if op in [step for step, *_ in program.steps]:  # a map inside a step
+            continue
         born = next(n for n, (step, *_) in enumerate(program.steps) if step.output is op)
         read = max((n for n, (*_, inputs) in enumerate(program.steps) if op in inputs), default=born)
         spans.append((op.name, offset, offset + size, born, read))
@@ -880,6 +882,84 @@ def test_a_first_convolution_and_the_block_behind_it(channels, between, twice, k
     check(model, torch.randn(1, channels, 40, 17), optimized)
     assert kind in optimized.explain().counts()
     check(model, torch.randn(2, channels, 23, 31), dtype=torch.bfloat16)
+
+
+@pytest.mark.skipif(_memory.place_next is None, reason="no kernels")
+@pytest.mark.parametrize(
+    ("options", "kind"),
+    [
+        ({}, "resize+conv"),
+        ({"bn": True}, "resize+conv+bn"),
+        ({"factor": 1.25}, "conv"),  # hardly fewer pixels
+        ({"outputs": 24}, "conv"),  # more channels to interpolate
+        ({"act": True}, "conv+relu"),
+        ({"twice": True}, "conv"),
+    ],
+)
+def test_interpolation_and_a_convolution_change_places(options, kind):
+    options = {"factor": 2, "outputs": 5, "bn": False, "act": False, "twice": False} | options
+    torch.manual_seed(0)
+
+    class Enlarged(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = ConvBNAct(3, 12), nn.Conv2d(12, options["outputs"], 1)
+            self.norm = nn.BatchNorm2d(options["outputs"]) if options["bn"] else nn.Identity()
+
+        def forward(self, x):
+            y = F.interpolate(self.first(x), scale_factor=options["factor"], mode="bilinear")
+            z = self.norm(self.last(y))
+            z = z.relu() if options["act"] else z
+            return (z, y) if options["twice"] else F.max_pool2d(z, 2)
+
+    model = randomised(Enlarged())
+    for dtype in (torch.float32, torch.bfloat16):
+        optimized = check(model, torch.randn(2, 3, 12, 20), dtype=dtype)
+        check(model, torch.randn(1, 3, 24, 8), optimized, dtype)
+        assert kind in optimized.explain().counts()
+    plan, steps = planned(segfast.optimize(model, torch.randn(2, 3, 12, 20)))
+    inside = [step for step in plan.places if step in steps]
+    assert bool(inside) == kind.startswith("resize")  # the map between the two has a place
+    for step in inside:
+        (start, length), (other, size) = plan.places[step], plan.places[step.output]
+        assert length == 2 * 5 * 12 * 20 * 4
+        assert start + length <= other or other + size <= start
+
+
+def planned(optimized):
+    program = next(iter(optimized._programs.values()))
+    steps = [step for step, *_ in program.steps]
+    return _memory.Plan(SimpleNamespace(outputs=[steps[-1].output]), program.steps), steps
+
+
+def test_the_larger_branch_runs_first():
+    """What it leaves is small, and the other's result does not wait beside its maps."""
+    torch.manual_seed(0)
+
+    class Branches(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.small = nn.Sequential(nn.Conv2d(3, 32, 4, 4), nn.ReLU(), conv(32, 32), nn.ReLU())
+            self.large = nn.Sequential(conv(3, 24), nn.ReLU(), nn.Conv2d(24, 32, 4, 4))
+
+        def forward(self, x):
+            small = self.small(x)
+            return small + torch.tanh(small) * self.large(x)
+
+    model = randomised(Branches())
+    optimized = check(model, torch.randn(1, 3, 32, 48))
+    kinds = [step.output.shape for step, *_ in next(iter(optimized._programs.values())).steps]
+    assert kinds.index((1, 24, 32, 48)) == 0
+    noisy = nn.Sequential(model, Noise()).eval()
+    kinds = [
+        step.output.shape for step, *_ in next(iter(segfast.optimize(noisy, torch.randn(1, 3, 32, 48))._programs.values())).steps
+    ]
+    assert kinds.index((1, 24, 32, 48)) > 0
+
+
+class Noise(nn.Module):
+    def forward(self, x):
+        return F.dropout(x, 0.5, True)
 
 
 def test_group_norm_is_as_exact_as_on_contiguous_maps():

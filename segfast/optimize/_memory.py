@@ -15,7 +15,7 @@ from torch import Tensor
 from segfast import _backend
 from segfast.optimize._capture import Graph, Op
 from segfast.optimize._nodes import FRESH
-from segfast.optimize._patterns import Aten, Concat, Convolution, Joined, Step
+from segfast.optimize._patterns import Aten, Block, Chain, Concat, Convolution, Joined, Step, Swapped
 
 ALIGNMENT = 64
 LEAST = 1 << 16  # bytes of a map that is worth a place
@@ -42,6 +42,48 @@ def give_back(block: Tensor) -> None:
     _free.append(block)
 
 
+def ordered(graph: Graph, steps: Sequence[Step]) -> list[Step]:
+    """The steps as they are, or branch by branch, those first that need the most beside what they leave, if so at least a
+    twentieth less is alive at the most (after Sethi and Ullman, doi:10.1145/321607.321620). Steps that draw random numbers keep
+    their order."""
+    if any(torch.Tag.nondeterministic_seeded in getattr(op.target, "tags", ()) for step in steps for op in step.covers):
+        return [*steps]
+    made = {step.output: step for step in steps}
+    before = {step: [made[op] for op in dict.fromkeys(step.inputs) if op in made] for step in steps}
+    all_before: dict[Step, set[Step]] = {}
+    for step in steps:
+        all_before[step] = {step}.union(*(all_before[other] for other in before[step]))
+        if len(before[step]) > 1:
+            alone = {other: [s for s in steps if s in all_before[other]] for other in before[step]}
+            before[step].sort(key=lambda other: size(other.output) - most_alive(alone[other], {other.output}))
+    found: dict[Step, None] = {}
+    waiting = [*reversed(steps), *(made[op] for op in graph.outputs if isinstance(op, Op) and op in made)]
+    while waiting:
+        missing = [other for other in before[waiting[-1]] if other not in found]
+        if missing and waiting[-1] not in found:
+            waiting += reversed(missing)
+        else:
+            found[waiting.pop()] = None
+    kept = {op for op in graph.outputs if isinstance(op, Op)}
+    return min(([*steps], 1.0), ([*found], 1.05), key=lambda order: order[1] * most_alive(order[0], kept))[0]
+
+
+def most_alive(steps: Sequence[Step], kept: set[Op]) -> int:
+    """Bytes of results that wait for a reader, or are the caller's, at the most."""
+    last = {op: number for number, step in enumerate(steps) for op in (*step.inputs, step.output)}
+    ends: dict[int, list[Op]] = {}
+    results = {step.output for step in steps}
+    for op, number in last.items():
+        if op in results - kept:
+            ends.setdefault(number, []).append(op)
+    alive = most = 0
+    for number, step in enumerate(steps):
+        alive += size(step.output)
+        most = max(most, alive)
+        alive -= sum(map(size, ends.get(number, ())))
+    return most
+
+
 class Plan:
     """Places of the maps of a program.
 
@@ -52,12 +94,12 @@ class Plan:
 
     Attributes:
         bytes: of the block; 0: nothing has a place.
-        places: (offset, bytes) of each result that has one.
+        places: (offset, bytes) of each result that has one, and, by its step, of a map that is inside it.
     """
 
     def __init__(self, graph: Graph, steps: Sequence[tuple[Step, str, object, list[Op]]], device: str = "cpu"):
         self.bytes = 0
-        self.places: dict[Op, tuple[int, int]] = {}
+        self.places: dict[Op | Step, tuple[int, int]] = {}
         if _backend._C is None or device != "cpu":
             return
         # A step that may give its operand's memory, such as a view, hands it on: to its own readers, and out of the program.
@@ -71,6 +113,9 @@ class Plan:
                 if handed_on and step.output in outside:
                     outside.add(op)
         wanted = {step.output: size(step.output) for step, how, *_ in steps if own(step, how) and step.output not in outside}
+        for number, (step, how, *_) in enumerate(steps):
+            if own(step, how) and between(step) not in (0, size(step.output)):  # what a kernel asks for is told by its bytes
+                wanted[step], born[step], last[step] = between(step), number, number
         over: dict[Op, Op] = {}  # results that are written over another map, and the first map in that place
         within: dict[Op, set[Op]] = {}  # the maps in whose memory a result may lie
         for number, (step, how, _, operands) in enumerate(steps):
@@ -85,7 +130,7 @@ class Plan:
                 over[step.output] = first
                 last[first] = last[step.output]
                 del wanted[step.output]
-        placed: list[Op] = []  # by offset
+        placed: list[Op | Step] = []  # by offset
         for op in sorted((op for op, n in wanted.items() if n >= LEAST), key=lambda op: (-wanted[op], born[op])):
             at = 0
             for other in placed:
@@ -118,9 +163,27 @@ def written_over(step: Step, how: str) -> Op | None:
     conv = step.conv if isinstance(step, Joined) else step
     if isinstance(conv, Convolution) and conv.added and how in ("segfast::packed_conv", "segfast::packed_winograd"):
         return step.inputs[-1]
+    if (
+        isinstance(step, Block)
+        and step.parts[-1].added
+        and how in ("segfast::packed_ds_conv", "segfast::packed_inverted_residual")
+    ):
+        return step.inputs[-1]
     if isinstance(step, Concat) and how == "segfast::concat_affine" and step.inputs[0].value == step.output.value:
         return step.inputs[0]
     return None
+
+
+def between(step: Step) -> int:
+    """Bytes of the map that a step of two kernels hands from one to the other."""
+    if isinstance(step, Swapped):
+        small, channels = step.inputs[0].shape, step.conv.weight.shape[0]
+    elif isinstance(step, Chain) and step.low is not None:
+        depthwise, last = step.block.parts
+        small, channels = step.low.inputs[0].shape, depthwise.taps * last.weight.shape[0]
+    else:
+        return 0
+    return step.output.dtype.itemsize * small[0] * channels * small[2] * small[3]
 
 
 def size(op: Op) -> int:

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from segfast import _backend
 from segfast.optimize._capture import Capture, Graph, NotCaptured, Op, capture, first_line, key
-from segfast.optimize._memory import Plan, borrow, give_back, place_next
+from segfast.optimize._memory import Plan, borrow, give_back, ordered, place_next
 from segfast.optimize._nodes import Builder, Weights
 from segfast.optimize._patterns import Aten, Step, join, match
 from segfast.optimize._replay import Replay
@@ -122,12 +122,12 @@ class Program:
         self.done: list[list[Op]] = [[op for op, end in last.items() if end == n and op not in kept] for n in range(len(calls))]
         lines, told = [], False
         for number, (run, inputs, output) in enumerate(calls):
-            if output in plan.places:
-                offset, size = plan.places[output]
-                lines.append(f"place(memory + {offset}, {size})")
+            found = [plan.places[key] for key in (steps[number], output) if key in plan.places]
+            if found:
+                lines.append(f"place({', '.join(f'memory + {offset}, {size}' for offset, size in found)})")
             elif told:  # a place that its kernel did not take is no other's
                 lines.append("place(0, 0)")
-            told = output in plan.places
+            told = bool(found)
             arguments = ", ".join(names[op] if op in names else f"k{id(op)}" for op in inputs)
             lines.append(f"{names[output]} = {run}({arguments})")
             done = [names[op] for op in self.done[number] if op in names]
@@ -361,7 +361,7 @@ class OptimizedModel(nn.Module):
         args, kwargs = tree_unflatten(flat, structure)
         graph = self._graph(args, kwargs, flat)
         builder = Builder(graph, self._weights, self.class_dtype, device)
-        program = Program(graph, join(match(graph), builder), builder)
+        program = Program(graph, ordered(graph, join(match(graph), builder)), builder)
         if device == "cuda":
             program.replayed(flat)
         return program

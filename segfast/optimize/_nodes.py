@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -31,6 +32,7 @@ from segfast.optimize._patterns import (
     Shuffle,
     Started,
     Step,
+    Swapped,
 )
 
 aten = torch.ops.aten
@@ -285,6 +287,18 @@ class Builder:
         options = (*geometry_of(conv), conv.act.code, *windows_of(step.output))
         laid = layout_of(step.inputs[0])
         return "segfast::packed_conv_pool", lambda x: kernel(laid(x), packed, *options), step.inputs
+
+    def swaps(self, low: Resize, conv: Convolution) -> bool:
+        """Whether the convolution had better come before the interpolation."""
+        outputs, inputs = conv.weight.shape[:2]
+        linear = conv.pointwise and conv.act == IDENTITY and not conv.added
+        before, after = (math.prod(op.shape[2:]) for op in (low.inputs[0], low.output))
+        return linear and outputs <= inputs and after >= 2 * before > 0 and self.native(low)
+
+    def swapped(self, step: Swapped) -> tuple[str, Run, list[Op]]:
+        conv = replace(step.conv, inputs=step.inputs)
+        resize = Resize(step.covers, step.inputs, step.low.size, step.low.align_corners)
+        return chain([self.convolution(conv), self.resize(resize)], step)
 
     def classifies(self, step: Convolution) -> bool:
         """Whether the convolution runs on the kernel that keeps the best classes of its result alone."""

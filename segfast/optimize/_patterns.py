@@ -174,6 +174,19 @@ class Pooled(Step):
 
 
 @dataclass(eq=False)
+class Swapped(Step):
+    """Interpolation and the 1x1 convolution without an activation that alone reads it: both are linear, and the other way round
+    there are fewer pixels to convolve, and fewer channels to interpolate."""
+
+    low: Resize
+    conv: Convolution
+
+    @property
+    def kind(self) -> str:
+        return f"{self.low.kind}+{self.conv.kind}"
+
+
+@dataclass(eq=False)
 class Scored(Step):
     """A convolution and the best class of every pixel of its result, which nobody else reads."""
 
@@ -498,6 +511,7 @@ class Abilities(Protocol):
     def reads_pieces(self, step: Convolution) -> bool: ...
     def pools(self, step: Convolution, pool: Step) -> bool: ...
     def classifies(self, step: Convolution) -> bool: ...
+    def swaps(self, low: Resize, conv: Convolution) -> bool: ...
     def starts(self, step: Convolution, block: Block) -> bool: ...
     def chains(self, block: Block) -> bool: ...
     def scores(self, last: Convolution) -> bool: ...
@@ -506,7 +520,8 @@ class Abilities(Protocol):
 
 def join(steps: list[Step], able: Abilities) -> list[Step]:
     """The steps, with nearest interpolation and concatenation of two maps drawn into a convolution that can read such pieces,
-    max-pooling into one that can pool, argmax into one that can choose, and separable blocks into chains."""
+    max-pooling into one that can pool, argmax into one that can choose, separable blocks into chains, and interpolation put
+    behind a 1x1 convolution."""
     made = {step.output: step for step in steps}
     readers = {op: step for step in steps for op in step.covers}
     found: dict[Step, Step | None] = {}
@@ -524,6 +539,11 @@ def join(steps: list[Step], able: Abilities) -> list[Step]:
                 covers = [op for part in (*drawn, step) for op in part.covers]
                 found[step] = Joined(covers, [x, *more, *step.inputs[1:]], step, factors, bool(more))
                 found |= dict.fromkeys(drawn)
+        elif isinstance(step, Convolution) and step not in found:
+            before = alone(made.get(step.inputs[0]))
+            if type(before) is Resize and before not in found and able.swaps(before, step):
+                found[step] = Swapped([*before.covers, *step.covers], before.inputs, before, step)
+                found[before] = None
         elif isinstance(step, Aten) and step.output.kind == "max_pool2d":
             before = alone(made.get(step.output.args[0]))
             if isinstance(before, Convolution) and able.pools(before, step):
