@@ -932,6 +932,37 @@ def planned(optimized):
     return _memory.Plan(SimpleNamespace(outputs=[steps[-1].output]), program.steps), steps
 
 
+@pytest.mark.skipif(_memory.place_next is None, reason="no kernels")
+@pytest.mark.parametrize("size", [(96, 128), (24, 32)])
+def test_maps_lie_where_a_large_result_will(size):
+    """Logits of the image's size hold the earlier maps until they are written; the block is then the caller's alone."""
+    torch.manual_seed(0)
+
+    class Logits(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = nn.Sequential(ConvBNAct(3, 16, 3, 2), ConvBNAct(16, 16), conv(16, 5))
+
+        def forward(self, x):
+            return F.interpolate(self.body(x), size, mode="bilinear")
+
+    model, images = randomised(Logits()), torch.randn(2, 3, 24, 32)
+    optimized = check(model, images)
+    program = next(iter(optimized._programs.values()))
+    plan = _memory.Plan(SimpleNamespace(outputs=[program.steps[-1][0].output]), program.steps)
+    assert plan.handed_out == (size == (96, 128))
+    first = optimized(images)
+    kept = first.clone()
+    second = optimized(images * 2)
+    assert torch.equal(first, kept)
+    assert not torch.equal(first, second)
+    assert not first._is_view()
+    assert first.is_contiguous()
+    assert first.untyped_storage().nbytes() <= first.nbytes * 9 / 8
+    first.add_(1)
+    assert torch.equal(optimized(images), kept)
+
+
 def test_the_larger_branch_runs_first():
     """What it leaves is small, and the other's result does not wait beside its maps."""
     torch.manual_seed(0)

@@ -31,15 +31,30 @@ def borrow(size: int) -> Tensor:
         block = None
     if block is None or block.numel() < size:
         del block
-        block = torch.empty(size, dtype=torch.uint8)
-        _backend._C.advise_huge_pages(block.data_ptr(), size)
+        block = allocate(size)
     return block
 
 
-def give_back(block: Tensor) -> None:
-    """After the call, whatever became of it."""
+def allocate(size: int) -> Tensor:
+    block = torch.empty(size, dtype=torch.uint8)
+    _backend._C.advise_huge_pages(block.data_ptr(), size)
+    return block
+
+
+def give_back(block: Tensor | None) -> None:
+    """After the call, whatever became of it. None: it is the caller's."""
     place_next(0, 0)
-    _free.append(block)
+    if block is not None:
+        _free.append(block)
+
+
+def handed_out(block: Tensor, result: Tensor) -> Tensor:
+    """A result that lies in the block, which from now on is the caller's through it."""
+    offset = result.data_ptr() - block.data_ptr()
+    if not 0 <= offset < block.numel():
+        return result
+    owner = torch.empty(0, dtype=result.dtype)
+    return owner.set_(block.untyped_storage(), offset // result.element_size(), result.shape, result.stride())
 
 
 def ordered(graph: Graph, steps: Sequence[Step]) -> list[Step]:
@@ -95,10 +110,12 @@ class Plan:
     Attributes:
         bytes: of the block; 0: nothing has a place.
         places: (offset, bytes) of each result that has one, and, by its step, of a map that is inside it.
+        handed_out: the block is the caller's after the call. The program's only result lies in it, in the place of maps that
+            nobody reads when it is written, and hardly anything lies beside it.
     """
 
     def __init__(self, graph: Graph, steps: Sequence[tuple[Step, str, object, list[Op]]], device: str = "cpu"):
-        self.bytes = 0
+        self.bytes, self.handed_out = 0, False
         self.places: dict[Op | Step, tuple[int, int]] = {}
         if _backend._C is None or device != "cpu":
             return
@@ -130,20 +147,33 @@ class Plan:
                 over[step.output] = first
                 last[first] = last[step.output]
                 del wanted[step.output]
-        placed: list[Op | Step] = []  # by offset
-        for op in sorted((op for op, n in wanted.items() if n >= LEAST), key=lambda op: (-wanted[op], born[op])):
-            at = 0
-            for other in placed:
-                start, length = self.places[other]
-                if last[other] < born[op] or last[op] < born[other]:
-                    continue
-                if start - at >= wanted[op]:
-                    break
-                at = max(at, -(-(start + length) // ALIGNMENT) * ALIGNMENT)
-            self.places[op] = at, wanted[op]
-            placed = sorted([*placed, op], key=self.places.get)
-            self.bytes = max(self.bytes, at + wanted[op])
+        self.places, self.bytes = arranged(wanted, born, last)
+        for step, how, *_ in steps[-1:]:
+            result = size(step.output)
+            if outside != {step.output} or not own(step, how) or not self.bytes:
+                break
+            places, together = arranged(wanted | {step.output: result}, born, last)
+            if together - result <= min(result // 8, self.bytes - 1):
+                self.places, self.bytes, self.handed_out = places, together, True
         self.places |= {op: self.places[first] for op, first in over.items() if first in self.places}
+
+
+def arranged(wanted: dict, born: dict, last: dict) -> tuple[dict[Op | Step, tuple[int, int]], int]:
+    """(places, bytes of the block): the largest first, each at the lowest offset where nobody else lives at the same time."""
+    places: dict[Op | Step, tuple[int, int]] = {}
+    placed: list[Op | Step] = []  # by offset
+    for op in sorted((op for op, n in wanted.items() if n >= LEAST), key=lambda op: (-wanted[op], born[op])):
+        at = 0
+        for other in placed:
+            start, length = places[other]
+            if last[other] < born[op] or last[op] < born[other]:
+                continue
+            if start - at >= wanted[op]:
+                break
+            at = max(at, -(-(start + length) // ALIGNMENT) * ALIGNMENT)
+        places[op] = at, wanted[op]
+        placed = sorted([*placed, op], key=places.get)
+    return places, max((start + length for start, length in places.values()), default=0)
 
 
 def own(step: Step, how: str) -> bool:

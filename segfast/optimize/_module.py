@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from segfast import _backend
 from segfast.optimize._capture import Capture, Graph, NotCaptured, Op, capture, first_line, key
-from segfast.optimize._memory import Plan, borrow, give_back, ordered, place_next
+from segfast.optimize._memory import Plan, allocate, borrow, give_back, handed_out, ordered, place_next
 from segfast.optimize._nodes import Builder, Weights
 from segfast.optimize._patterns import Aten, Step, join, match
 from segfast.optimize._replay import Replay
@@ -114,7 +114,8 @@ class Program:
         for op, tensor in graph.tensors.items():
             namespace[f"k{id(op)}"] = tensor
         plan = Plan(graph, self.steps, builder.device)
-        namespace |= {"borrow": borrow, "give_back": give_back, "place": place_next, "narrowed": narrowed}
+        namespace |= {"borrow": allocate if plan.handed_out else borrow, "give_back": give_back, "place": place_next}
+        namespace |= {"narrowed": narrowed, "handed_out": handed_out}
         last: dict[Op, int] = {}
         for number, (_, inputs, output) in enumerate(calls):
             last.update(dict.fromkeys([*inputs, output], number))
@@ -141,6 +142,8 @@ class Program:
                 results.append(f"r{position}")
                 continue
             result = names.get(output, f"k{id(output)}")
+            if plan.handed_out:
+                result = f"handed_out(arena, {result})"
             if builder.class_dtype is not None and output.dtype == torch.int64:
                 result = f"narrowed({result}, classes)"
             # What is the network's own, or given twice, the caller may change.
@@ -150,7 +153,7 @@ class Program:
         if plan.bytes:
             inside = [f"    {line}" for line in lines]
             lines = [f"arena = borrow({plan.bytes})", "try:", "    memory = arena.data_ptr()", *inside]
-            lines += ["finally:", "    give_back(arena)"]
+            lines += ["finally:", f"    give_back({None if plan.handed_out else 'arena'})"]
         head = f"def program({', '.join(names[op] for op in graph.inputs)}):"
         exec("\n".join([head, *(f"    {line}" for line in lines)]), namespace)
         self.run = namespace["program"]
