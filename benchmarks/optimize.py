@@ -159,10 +159,11 @@ def ratio(row: Row, result: dict) -> tuple[float, str] | None:
 OTHER_TEXTS = {
     "avx512": """## AVX-512 without AMX
 
-On a virtual machine of an AMD EPYC of the fourth generation, whose two threads do 234 GFLOP/s in float32 (a loop of multiply-adds
-without memory) and 190 in MKL's product of 2048 x 2048 matrices. Fast-SCNN to logits at 512x1024, 1.25 wanted, gave 1.56 (while
-all others took longer), 1.27 and 1.27; the last is in the table. Before its products asked for memory ahead it was 1.19 to 1.22:
-their inner loop does 98 % of the peak on maps in L1, and waited a fifth of the time for what it writes and what comes next.
+On a virtual machine of an AMD EPYC of the fourth generation, whose two threads do 234 GFLOP/s in float32 (a loop of
+multiply-adds without memory) and 190 in MKL's product of 2048 x 2048 matrices. Fast-SCNN to logits at 512x1024, 1.25 wanted,
+gave 1.56 (while all others took longer), 1.27, 1.27, 1.33 and 1.45; the last is in the table. Before its products asked for
+memory ahead it was 1.19 to 1.22: their inner loop does 98 % of the peak on maps in L1, and waited a fifth of the time for what
+it writes and what comes next. DeepLabV3Plus, 1.2 wanted, gave 1.40 and 1.26: the peers' times changed, ours did not.
 """,
     "avx2": """## Without AVX-512
 
@@ -210,21 +211,21 @@ with a stand-in that records operations and runs them again on the captured tens
 KERNELS = """## Kernels over packed weights
 
 Separable blocks, inverted residuals, 1x1 convolutions, the first convolution and transposed convolutions into tiles run on
-kernels of this package, the maps inside a block staying in the cache; in float32 all convolutions do but grouped ones, which
-oneDNN runs. (Of 31 dense ones of the networks above, on the EPYC of the fourth generation, these kernels take 0.58 to 1.08 of
-oneDNN's time, of 11 depthwise ones 0.71 to 1.01, of 6 transposed ones 0.88 to 1.03. The slower ones, 3x3 of stride 2 and many
-channels, are taken for their results' places in memory.) 3x3 convolutions of stride 1 and enough channels run by Winograd's
-filtering F(2x2, 3x3): 16 multiplications instead of 36, errors no larger than the direct form's, but a value that is not finite
-spreads over the 4x4 inputs of its tile. That kernel reads nearest interpolation, and the concatenation of two maps, in pieces:
-neither is written. The first convolution's rows go to the max-pooling, or the separable block, that follows it at once, and
-those of a transposed convolution into tiles to the argmax. Bilinear interpolation and the 1x1 convolution behind it change
-places where that leaves fewer pixels to convolve. Other concatenation runs with the sum, BatchNorm, ReLU or PReLU that follow
-it, bilinear interpolation writes channels_last maps, and N C H W where it is the network's own result. A separable block takes
-the 1x1 convolution to few channels behind it, such as class scores, along in bands of rows. The argmax of a map that has its
-final size
-is one pass over it, in either memory format. A product asks for its results' memory before its sums and, block by block, for
-what the tile after it reads: its arithmetic hides the wait. Floats are summed 384 at a time (Winograd's: 512), so that deep
-products are no less exact than PyTorch's, which sums in pieces on some processors.
+kernels of this package, the maps inside a block staying in the cache; in float32 all convolutions do but grouped ones larger
+than 1x1, which oneDNN runs. (Of 31 dense ones of the networks above, on the EPYC of the fourth generation, these kernels take
+0.58 to 1.08 of oneDNN's time, of 11 depthwise ones 0.71 to 1.01, of 6 transposed ones 0.88 to 1.03, of 8 grouped ones 0.79 to
+1.22. The slower ones, 3x3 of stride 2 and many channels and eight groups of few, are taken for their results' places in
+memory.) 3x3 convolutions of stride 1 and enough channels run by Winograd's filtering F(2x2, 3x3): 16 multiplications instead of
+36, errors no larger than the direct form's, but a value that is not finite spreads over the 4x4 inputs of its tile. That kernel
+reads nearest interpolation, and the concatenation of two maps, in pieces: neither is written. The first convolution's rows go
+to the max-pooling, or the separable block, that follows it at once, and those of a transposed convolution into tiles to the
+argmax. Bilinear interpolation and the 1x1 convolution behind it change places where that leaves fewer pixels to convolve. Other
+concatenation runs with the sum, BatchNorm, ReLU or PReLU that follow it, bilinear interpolation writes channels_last maps, and
+N C H W where it is the network's own result. A separable block takes the 1x1 convolution to few channels behind it, such as
+class scores, along in bands of rows. The argmax of a map that has its final size is one pass over it, in either memory format.
+A product asks for its results' memory before its sums and, block by block, for what the tile after it reads: its arithmetic
+hides the wait. Floats are summed 384 at a time (Winograd's: 512), so that deep products are no less exact than PyTorch's, which
+sums in pieces on some processors.
 
 - float32: AVX-512, AVX2 or portable. Tried and left out: a float as three bfloat16 and six products of them in AMX's tiles, at
   half the error of float32. 1x1 convolutions of 64 to 256 channels took 0.73 to 0.87 of AVX-512's time while the virtual machine
@@ -279,7 +280,7 @@ def text(results: dict, others: dict[str, dict]) -> str:
     cells = []
     for name in ROWS:
         used = next(
-            (found[name]["megabytes"] for found in (results, *others.values()) if "megabytes" in found.get(name, {})), None
+            (found[name]["megabytes"] for found in (*others.values(), results) if "megabytes" in found.get(name, {})), None
         )
         if used:
             best = min((mb, way) for way, mb in used.items() if way != "segfast")

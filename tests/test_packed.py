@@ -82,7 +82,7 @@ def check(title: str, kernel, reference, x, weights, added: bool) -> None:
 
 @pytest.mark.drawn(1 / 2)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("kind", ["dense", "depthwise", "pointwise", "separable", "inverted"])
+@pytest.mark.parametrize("kind", ["dense", "depthwise", "pointwise", "grouped", "separable", "inverted"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_against_conv2d(kernel_set, dtype, kind, shape):
     n, c, e, k, h, w, size, stride, padding, dilation = shape
@@ -104,6 +104,13 @@ def test_against_conv2d(kernel_set, dtype, kind, shape):
         packed = OPS.pack_conv(*weights, 1, dtype)
         kernel = lambda x, add: OPS.packed_conv(x, packed, [1, 1], [0, 0], [1, 1], acts[0], add)  # noqa: E731
         reference = lambda call: conv(call[0], call[2], call[3], acts[0], call[1])  # noqa: E731
+    elif kind == "grouped":
+        groups = 2 + index % 3
+        weights = weight(k * groups, 2 * c)
+        x = last(torch.randn(n, 2 * c * groups, h, w)).to(dtype)
+        packed = OPS.pack_conv(*weights, groups, dtype)
+        kernel = lambda x, add: OPS.packed_conv(x, packed, [1, 1], [0, 0], [1, 1], acts[0], add)  # noqa: E731
+        reference = lambda call: conv(call[0], call[2], call[3], acts[0], call[1], groups=groups)  # noqa: E731
     elif kind == "depthwise":
         weights = weight(c, 1, size)
         packed = OPS.pack_conv(*weights, c, dtype)

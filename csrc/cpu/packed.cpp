@@ -1,7 +1,7 @@
-// Inference over weights packed once, channels_last, float32 or bfloat16: dense (also by Winograd's filtering), depthwise and
-// transposed (of tiles that do not overlap) convolution, the depthwise-separable block and the inverted residual, each with its
-// activations and a tensor added before the last one. Sums, biases and depthwise weights are float32; in bfloat16 the maps
-// between the convolutions of a block are, and the weights of the products.
+// Inference over weights packed once, channels_last, float32 or bfloat16: dense (also by Winograd's filtering), grouped 1 x 1,
+// depthwise and transposed convolution, the depthwise-separable block and the inverted residual, with their activations, most
+// with a tensor added before the last one. Sums, biases and depthwise weights are float32; in bfloat16 the maps between the
+// convolutions of a block are, and the weights of the products.
 //
 // A packed weight is an opaque byte tensor: Header, then sections at multiples of 64 bytes. Panels are 32 columns wide (the last
 // may be 16) whatever the kernel set, so that what one set packed another can run. Their elements are words of 4 bytes: a float,
@@ -170,6 +170,24 @@ void pointwise_tiles(const PackedArgs<T>& o, int64_t begin, int64_t end, T* buff
     with_put(o.y, o.add, t0, o.g.k, o.pw_shift, o.act, [&](const auto& put) {
       plain_product(t1 - t0, o.g.c, from, o.lda, o.pw, o.kp, o.deep, put, RowsAhead<T>{o.x + t1 * o.g.c, o.g.c});
     });
+  }
+}
+
+// A 1 x 1 convolution in `ci` groups, without stride and padding, of whole words: pixels [begin, end).
+template <class T>
+void grouped_tiles(const PackedArgs<T>& o, int64_t begin, int64_t end) {
+  const Tiles tiles;
+  const int64_t groups = o.ci, c = o.g.c / groups, k = o.g.k / groups, panels = o.kp * deep_words<T>(c);
+  for (int64_t t0 = begin; t0 < end; t0 += o.tile) {
+    const int64_t t1 = t0 + o.tile < end ? t0 + o.tile : end;
+    for (int64_t group = 0; group < groups; ++group) {
+      with_put(
+          o.y, o.add, t0 * groups + group, k, o.pw_shift + group * o.kp, o.act,
+          [&](const auto& put) {
+            plain_product(t1 - t0, c, o.x + t0 * o.g.c + group * c, o.g.c, o.pw + group * panels, o.kp, false, put);
+          },
+          groups);
+    }
   }
 }
 
@@ -537,7 +555,7 @@ Counter conv_counter("packed_conv"), winograd_counter("packed_winograd"), transp
     chain_counter("packed_ds_conv_chain"), inverted_counter("packed_inverted_residual");
 
 using Ints = torch::headeronly::IntHeaderOnlyArrayRef;
-enum Kind : int64_t { kDense, kDepthwise, kSeparable, kInverted, kWinograd, kTransposed, kOverlapping };
+enum Kind : int64_t { kDense, kDepthwise, kSeparable, kInverted, kWinograd, kTransposed, kOverlapping, kGrouped };
 constexpr int64_t kWinogradBytes = 524288;  // of the input tiles at a time, most of L2
 constexpr int64_t kMagic = 0x3276636b70666773;
 
@@ -587,6 +605,17 @@ class Packer {
     fill(section(where, panel_words(k, c, taps)), k, c, taps,
          [&](int64_t j, int64_t i, int64_t t) { return data<float>(w)[(j * c + i) * taps + t]; });
     vector(shift, bias);
+  }
+  // For every group panels of [k / groups, c / groups].
+  void grouped(const Tensor& weight, const Tensor& bias, int64_t groups) {
+    const Tensor w = torch::stable::contiguous(weight), b = torch::stable::contiguous(bias);
+    const int64_t k = w.size(0) / groups, c = w.size(1), words = panel_words(k, c, 1);
+    float* to = section(&Header::pw, groups * words);
+    for (int64_t group = 0; group < groups; ++group) {
+      fill(to + group * words, k, c, 1, [&](int64_t j, int64_t i, int64_t) { return data<float>(w)[(group * k + j) * c + i]; });
+    }
+    float* shift = section(&Header::pw_shift, groups * padded(k));
+    for (int64_t j = 0; j < groups * k; ++j) shift[j / k * padded(k) + j % k] = data<float>(b)[j];
   }
   // For every row of the kernel panels of [(kx, k), c].
   void transposed(const Tensor& weight, const Tensor& bias) {
@@ -677,19 +706,26 @@ class Packer {
 };
 
 Tensor pack_conv_cpu(const Tensor& weight, const Tensor& bias, int64_t groups, std::optional<ScalarType> dtype) {
-  want_weight("pack_conv", weight, bias, groups == 1 ? -1 : 1);
-  STD_TORCH_CHECK(groups == 1 || groups == weight.size(0), "pack_conv: want groups 1, or as many as channels in and out");
-  const bool dense = groups == 1;
-  Packer packer({.kind = dense ? kDense : kDepthwise,
+  want_weight("pack_conv", weight, bias, -1);
+  const bool depthwise = groups != 1 && groups == weight.size(0) && weight.size(1) == 1;
+  STD_TORCH_CHECK(
+      groups == 1 || depthwise || (groups > 0 && weight.size(0) % groups == 0 && weight.size(2) == 1 && weight.size(3) == 1),
+      "pack_conv: want groups 1, as many as channels in and out, or 1 x 1 weights of a part of the outputs each");
+  Packer packer({.kind = depthwise     ? kDepthwise
+                         : groups == 1 ? kDense
+                                       : kGrouped,
                  .bfloat16 = is_bfloat16("pack_conv", dtype),
-                 .c = dense ? weight.size(1) : groups,
+                 .ci = depthwise ? 0 : groups,
+                 .c = weight.size(1) * groups,
                  .k = weight.size(0),
                  .kh = weight.size(2),
                  .kw = weight.size(3)});
-  if (dense) {
+  if (depthwise) {
+    packer.depthwise(weight, bias);
+  } else if (groups == 1) {
     packer.panels(&Header::pw, &Header::pw_shift, weight, bias);
   } else {
-    packer.depthwise(weight, bias);
+    packer.grouped(weight, bias, groups);
   }
   return packer.finish(weight);
 }
@@ -816,7 +852,10 @@ PackedArgs<T> arguments(const char* op, const Header& h, const Tensor& packed, i
     g.oh = room_h / g.sh + 1, g.ow = room_w / g.sw + 1;
   }
   o.deep = std::is_same_v<T, BFloat16> && isa() == Isa::amx;
-  o.ci = h.ci, o.cp = o.lda = padded(g.c), o.kp = padded(h.kind == kTransposed ? g.k * g.kw : g.k);
+  o.ci = h.ci, o.cp = o.lda = padded(g.c),
+  o.kp = padded(h.kind == kTransposed ? g.k * g.kw
+                : h.kind == kGrouped  ? g.k / h.ci
+                                      : g.k);
   if (o.deep && (h.kind == kSeparable || h.kind == kInverted)) o.lda = deep_words<T>(g.c) * kPerWord<T>;
   const auto at = [&](int64_t offset) { return reinterpret_cast<const float*>(data<uint8_t>(packed) + offset); };
   o.expand = at(h.expand), o.expand_shift = at(h.expand_shift), o.dw = at(h.dw), o.dw_shift = at(h.dw_shift);
@@ -892,14 +931,23 @@ template <class T>
 Tensor packed_conv(const Tensor& x, const Tensor& packed, Ints stride, Ints padding, Ints dilation, int64_t act,
                    const std::optional<Tensor>& add) {
   Call<T> call("packed_conv", x, packed, stride, padding, dilation, {act}, add);
-  STD_TORCH_CHECK(call.kind == kDense || call.kind == kDepthwise, "packed_conv: want weights from pack_conv");
+  STD_TORCH_CHECK(call.kind == kDense || call.kind == kDepthwise || call.kind == kGrouped,
+                  "packed_conv: want weights from pack_conv");
   PackedArgs<T>& o = call.o;
   const Geometry& g = o.g;
   o.act = act, o.tile = product_pixels<T>(g.c * sizeof(T), 65536, 192);
+  const bool plain = g.sh == 1 && g.sw == 1 && g.ph == 0 && g.pw == 0;
+  STD_TORCH_CHECK(call.kind != kGrouped || (plain && g.c / o.ci % kPerWord<T> == 0),
+                  "packed_conv: want stride 1, no padding and, in bfloat16, an even number of channels a group");
   if (call.y.numel() == 0) return call.y;
-  if (call.kind == kDepthwise) {
+  if (call.kind == kGrouped) {
+    const int64_t pixels = g.pixels(), tiles = (pixels + o.tile - 1) / o.tile;
+    parallel_for(0, tiles, 1, [&](int64_t begin, int64_t end) {
+      SEGFAST_PACKED_CALL(T, grouped_tiles, o, begin * o.tile, std::min(end * o.tile, pixels));
+    });
+  } else if (call.kind == kDepthwise) {
     parallel_for(0, g.n * g.oh, 1, [&](int64_t begin, int64_t end) { SEGFAST_PACKED_CALL(T, depthwise_rows, o, begin, end); });
-  } else if (g.c % kPerWord<T> == 0 && !o.planar && g.kh * g.kw == 1 && g.sh == 1 && g.sw == 1 && g.ph == 0 && g.pw == 0) {
+  } else if (g.c % kPerWord<T> == 0 && !o.planar && g.kh * g.kw == 1 && plain) {
     const int64_t pixels = g.pixels(), tiles = (pixels + o.tile - 1) / o.tile;
     o.lda = o.deep ? deep_words<T>(g.c) * kPerWord<T> : g.c;
     parallel_for(0, tiles, 1, [&](int64_t begin, int64_t end) {

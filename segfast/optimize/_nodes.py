@@ -125,10 +125,10 @@ def windows_of(op: Op) -> tuple[list[int], ...]:
 
 
 def direct(step: Convolution) -> bool:
-    """In float32 packed_conv takes at most a twentieth longer than oneDNN, for many channels, and puts its result where it saves
+    """In float32 packed_conv takes hardly longer than oneDNN, for many channels or groups, and puts its result where it saves
     memory; in bfloat16 it is faster for the first convolution, of few channels, and for 1x1 ones of enough outputs."""
     if step.output.dtype == torch.float32:
-        return (step.dense or step.depthwise) and step.taps <= MAX_TAPS
+        return (step.dense or step.depthwise or step.grouped) and step.taps <= MAX_TAPS
     return step.weight.shape[0] >= 17 if step.pointwise else few(step)
 
 

@@ -85,8 +85,18 @@ class Convolution(Step):
         return self.groups == 1 and not self.transposed
 
     @property
+    def of_pixels(self) -> bool:
+        """Each pixel of the result comes from that pixel alone."""
+        return self.weight.shape[2:] == (1, 1) and self.stride == (1, 1) and self.padding == (0, 0) and not self.transposed
+
+    @property
     def pointwise(self) -> bool:
-        return self.dense and self.weight.shape[2:] == (1, 1) and self.stride == (1, 1) and self.padding == (0, 0)
+        return self.dense and self.of_pixels
+
+    @property
+    def grouped(self) -> bool:
+        """Pointwise in several groups, of more than a channel each."""
+        return self.groups > 1 and self.of_pixels and not self.depthwise
 
     @property
     def taps(self) -> int:
