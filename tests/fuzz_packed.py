@@ -167,8 +167,8 @@ def maps(x: Tensor, expanded: int, out: int, stride: list[int], add: bool):
     yield ops.argmax(x, 8).double(), x.argmax(1).double()
     yield ops.repeat_pixels(x, *stride), F.interpolate(x.double(), [h * stride[0], w * stride[1]])
     if x.dtype == torch.float32:
-        code = ops.quantize_map(x, 0.1, 128)
-        yield ops.dequantize_map(code, 0.1, 128), ((x.double() * 10).round().clamp(-128, 127)) / 10
+        got, held = ops.dequantize_map(ops.quantize_map(x, 0.1, 128), 0.1, 128), x.double().clamp(-12.8, 12.7)
+        yield got, torch.where((got - held).abs() <= 0.05001, got.double(), held)  # of a half either neighbour
 
 
 def call_int8(size, convs, groups, stride, padding, dilation, acts, add, layout) -> None:

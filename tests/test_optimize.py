@@ -798,6 +798,16 @@ def test_a_transposed_convolution_is_not_taken_for_a_plain_one(layers):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_transposed_convolutions_that_onednn_refuses(dtype):
+    """Their output_padding is as large as the stride, which a dilation allows."""
+    torch.manual_seed(0)
+    for options in ({}, {"groups": 2}):
+        layer = nn.ConvTranspose2d(4, 4, 2, 1, dilation=2, output_padding=1, **options)
+        check(nn.Sequential(layer, nn.GELU()).eval(), torch.randn(1, 4, 5, 5), dtype=dtype)
+        check(nn.Sequential(layer).eval(), torch.randn(1, 4, 5, 5), dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("act", ["relu", "relu6", "silu", "hardswish", "gelu", "sigmoid", "leaky_relu", "clamp"])
 def test_nan_and_infinities_are_kept(act, dtype):
     """Whoever runs the convolution: dense, grouped, depthwise, transposed, with a sum or without."""

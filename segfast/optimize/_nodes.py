@@ -151,6 +151,11 @@ def tiled(step: Convolution) -> bool:
     return plain and tuple(step.stride) == size and step.taps <= MAX_TAPS and whole
 
 
+def unknown(step: Convolution) -> bool:
+    """Transposed convolutions that PyTorch has and oneDNN refuses."""
+    return step.transposed and any(more >= stride for more, stride in zip(step.output_padding, step.stride))
+
+
 def overlapping(step: Convolution) -> bool:
     return step.output.dtype == torch.float32 and step.groups == 1 and step.taps <= MAX_TAPS
 
@@ -227,7 +232,7 @@ class Builder:
             if who in SUITS and step.act.code is not None and self.packable(step) and self.has(who) and SUITS[who](step):
                 pack = getattr(torch.ops.segfast, who.replace("packed_", "pack_"))
                 return self.packed(step, [step], pack.default, getattr(torch.ops.segfast, who).default)
-            if who == "onednn" and native and self.onednn:
+            if who == "onednn" and native and self.onednn and not unknown(step):
                 return self.onednn_convolution(step)
         return self.aten_convolution(step)
 
