@@ -15,7 +15,7 @@ from torch import Tensor
 from segfast import _backend
 from segfast.optimize._capture import Graph, Op
 from segfast.optimize._nodes import FRESH
-from segfast.optimize._patterns import Aten, Block, Chain, Concat, Convolution, Joined, Step, Swapped
+from segfast.optimize._patterns import Aten, Block, Concat, Convolution, Joined, Step
 
 ALIGNMENT = 64
 LEAST = 1 << 16  # bytes of a map that is worth a place
@@ -68,6 +68,9 @@ def ordered(graph: Graph, steps: Sequence[Step]) -> list[Step]:
     all_before: dict[Step, set[Step]] = {}
     for step in steps:
         all_before[step] = {step}.union(*(all_before[other] for other in before[step]))
+        # What another operand is made of comes before that in any case, as with every sum of a block and what it read.
+        within = set().union(*(all_before[other] - {other} for other in before[step])) if len(before[step]) > 1 else ()
+        before[step] = [other for other in before[step] if other not in within]
         if len(before[step]) > 1:
             alone = {other: [s for s in steps if s in all_before[other]] for other in before[step]}
             before[step].sort(key=lambda other: size(other.output) - most_alive(alone[other], {other.output}))
@@ -131,8 +134,9 @@ class Plan:
                     outside.add(op)
         wanted = {step.output: size(step.output) for step, how, *_ in steps if own(step, how) and step.output not in outside}
         for number, (step, how, *_) in enumerate(steps):
-            if own(step, how) and between(step) not in (0, size(step.output)):  # what a kernel asks for is told by its bytes
-                wanted[step], born[step], last[step] = between(step), number, number
+            between = step.between * step.output.dtype.itemsize if own(step, how) else 0
+            if between not in (0, size(step.output)):  # what a kernel asks for is told by its bytes
+                wanted[step], born[step], last[step] = between, number, number
         over: dict[Op, Op] = {}  # results that are written over another map, and the first map in that place
         within: dict[Op, set[Op]] = {}  # the maps in whose memory a result may lie
         for number, (step, how, _, operands) in enumerate(steps):
@@ -193,27 +197,12 @@ def written_over(step: Step, how: str) -> Op | None:
     conv = step.conv if isinstance(step, Joined) else step
     if isinstance(conv, Convolution) and conv.added and how in ("segfast::packed_conv", "segfast::packed_winograd"):
         return step.inputs[-1]
-    if (
-        isinstance(step, Block)
-        and step.parts[-1].added
-        and how in ("segfast::packed_ds_conv", "segfast::packed_inverted_residual")
-    ):
+    blocks = ("segfast::packed_ds_conv", "segfast::packed_inverted_residual")
+    if isinstance(step, Block) and step.parts[-1].added and how in blocks:
         return step.inputs[-1]
     if isinstance(step, Concat) and how == "segfast::concat_affine" and step.inputs[0].value == step.output.value:
         return step.inputs[0]
     return None
-
-
-def between(step: Step) -> int:
-    """Bytes of the map that a step of two kernels hands from one to the other."""
-    if isinstance(step, Swapped):
-        small, channels = step.inputs[0].shape, step.conv.weight.shape[0]
-    elif isinstance(step, Chain) and step.low is not None:
-        depthwise, last = step.block.parts
-        small, channels = step.low.inputs[0].shape, depthwise.taps * last.weight.shape[0]
-    else:
-        return 0
-    return step.output.dtype.itemsize * small[0] * channels * small[2] * small[3]
 
 
 def size(op: Op) -> int:

@@ -112,8 +112,10 @@ def named(graph: Graph, step: Convolution, *more) -> tuple | None:
     return None if None in names else (*names, step.bias is None, *norms, step.transposed, step.groups, *more)
 
 
-def geometry_of(step: Convolution) -> tuple[list[int], list[int], list[int]]:
-    return list(step.stride), list(step.padding), list(step.dilation)
+def geometry_of(step: Convolution) -> tuple[list[int], ...]:
+    """Stride, padding and dilation; of a transposed convolution that is not tiled output_padding too."""
+    more = [list(step.output_padding)] if step.transposed and not tiled(step) else []
+    return list(step.stride), list(step.padding), list(step.dilation), *more
 
 
 def windows_of(op: Op) -> tuple[list[int], ...]:
@@ -242,12 +244,9 @@ class Builder:
         packed, geometry = self.packed_weights(parts, pack), geometry_of(spatial)
         acts = [part.act.code for part in parts]
         how = kernel.name().partition(".")[0]
-        if how.endswith("overlap"):
-            size = list(spatial.output_padding)
-            return how, lambda x: kernel(last_of(x), packed, *geometry, size, *acts), step.inputs
         if len(step.inputs) == 1:
             laid = layout_of(step.inputs[0]) if len(parts) == 1 else last_of
-            return how, lambda x: kernel(laid(x), packed, *geometry, *acts, None), step.inputs
+            return how, lambda x: kernel(laid(x), packed, *geometry, *acts), step.inputs
 
         def run(x, add):
             add = add.contiguous(memory_format=CHANNELS_LAST)

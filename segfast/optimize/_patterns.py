@@ -32,6 +32,12 @@ class Activation(NamedTuple):
 IDENTITY = Activation("")
 
 
+def pixels(x: Op) -> int:
+    """Of a batch of maps."""
+    n, _, h, w = x.shape
+    return n * h * w
+
+
 @dataclass(eq=False)
 class Step:
     """What runs as one: `covers` in order, the last of them being the result."""
@@ -39,6 +45,7 @@ class Step:
     covers: list[Op]
     inputs: list[Op]
     kind = "aten"
+    between = 0  # elements of the map that a step of two kernels hands from one to the other
 
     @property
     def output(self) -> Op:
@@ -195,6 +202,10 @@ class Swapped(Step):
     def kind(self) -> str:
         return f"{self.low.kind}+{self.conv.kind}"
 
+    @property
+    def between(self) -> int:
+        return self.conv.weight.shape[0] * pixels(self.low.inputs[0])
+
 
 @dataclass(eq=False)
 class Scored(Step):
@@ -234,6 +245,11 @@ class Chain(Step):
     def kind(self) -> str:
         before = ["resize", "cat"] if self.low else []
         return "+".join([*before, self.block.kind, *([self.last.kind] if self.last else [])])
+
+    @property
+    def between(self) -> int:
+        depthwise, last = self.block.parts
+        return depthwise.taps * last.weight.shape[0] * pixels(self.low.inputs[0]) if self.low else 0
 
 
 @dataclass(eq=False)
