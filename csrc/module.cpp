@@ -133,8 +133,7 @@ PYBIND11_MODULE(_C, m) {
         segfast::next_places() = {{{reinterpret_cast<void*>(address), bytes}, {reinterpret_cast<void*>(then), then_bytes}}};
       },
       pybind11::arg("address"), pybind11::arg("bytes"), pybind11::arg("then") = 0, pybind11::arg("then_bytes") = 0,
-      "Put this thread's next result of exactly so many bytes at an address, and one of other bytes at another; they do not own "
-      "that "
+      "Put this thread's next result of exactly so many bytes at an address, and one of other bytes at another; neither owns its "
       "memory. 0 bytes: nowhere.");
   m.def("kernel_calls", &segfast::kernel_calls, "{op: how many times its compiled kernels ran in this process}.");
 }

@@ -41,8 +41,9 @@ struct PackedArgs {
   int64_t expand_act, dw_act, act;
 };
 
-// Pixels at an end of a row that are gathered at a time, of so many elements each.
+// Pixels at an end of a row that are gathered at a time, of so many elements each, and room for those of up to `most` elements.
 inline int64_t edge_pixels(int64_t elements) { return elements >= 4096 ? 1 : (elements <= 256 ? 16 : 4096 / elements); }
+inline int64_t edge_room(int64_t most) { return most > 4096 ? most : 4096; }
 
 // Which rows of an image a ring holds: those before `next`, as many as it has slots.
 struct Held {
@@ -922,7 +923,7 @@ struct Gathered {
     const Geometry& g = o.g;
     const int64_t even = words<T>(g.c) * kPerWord<T>;
     odd = g.c % kPerWord<T> != 0 || o.planar;
-    rows = odd ? (g.dh * (g.kh - 1) + 1) * (g.w + 2 * g.pw) * even : g.kh * g.kw * g.c * edge_pixels(g.kh * g.kw * g.c);
+    rows = odd ? (g.dh * (g.kh - 1) + 1) * (g.w + 2 * g.pw) * even : edge_room(g.kh * g.kw * g.c);
     patch = o.deep && g.c % kPerWord<T> != 0 ? o.tile * panel_rows<T>(g.c, g.kh * g.kw) * kPerWord<T> : 0;
   }
 };
@@ -1049,8 +1050,7 @@ Tensor packed_conv_transpose_overlap(const Tensor& x, const Tensor& packed, Ints
   o.y = data<T>(y), o.act = act, o.tile = product_pixels<T>(g.c * sizeof(T), 65536, 192);
   if (y.numel() == 0) return y;
   parallel_for(0, g.n * g.oh, 1, [&](int64_t begin, int64_t end) {
-    const int64_t most = g.kh * g.kw * g.c;
-    const Buffer<T> patch(std::max(most, int64_t{4096}), false);
+    const Buffer<T> patch(edge_room(g.kh * g.kw * g.c), false);
     SEGFAST_PACKED_CALL(T, overlapping_rows, o, begin, end, patch.p);
   });
   return y;
@@ -1212,50 +1212,54 @@ Tensor packed_inverted_residual(const Tensor& x, const Tensor& packed, Ints stri
   return call.y;
 }
 
+// A call that counts, in the dtype of its map.
+template <class F>
+Tensor counted(Counter& counter, const Tensor& x, F run) {
+  counter.add();
+  return x.scalar_type() == ScalarType::BFloat16 ? run(BFloat16{}) : run(float{});
+}
+
 Tensor packed_conv_cpu(const Tensor& x, const Tensor& packed, Ints stride, Ints padding, Ints dilation, int64_t act,
                        const std::optional<Tensor>& add) {
-  conv_counter.add();
-  const auto kernel = x.scalar_type() == ScalarType::BFloat16 ? packed_conv<BFloat16> : packed_conv<float>;
-  return kernel(x, packed, stride, padding, dilation, act, add);
+  return counted(conv_counter, x,
+                 [&](auto t) { return packed_conv<decltype(t)>(x, packed, stride, padding, dilation, act, add); });
 }
 
 Tensor packed_conv_pool_cpu(const Tensor& x, const Tensor& packed, Ints stride, Ints padding, Ints dilation, int64_t act,
                             Ints size, Ints kernel, Ints pool_stride, Ints pool_padding, Ints pool_dilation) {
-  pool_counter.add();
-  const auto run = x.scalar_type() == ScalarType::BFloat16 ? packed_conv_pool<BFloat16> : packed_conv_pool<float>;
-  return run(x, packed, stride, padding, dilation, act, {size, kernel, pool_stride, pool_padding, pool_dilation});
+  return counted(pool_counter, x, [&](auto t) {
+    return packed_conv_pool<decltype(t)>(x, packed, stride, padding, dilation, act,
+                                         {size, kernel, pool_stride, pool_padding, pool_dilation});
+  });
 }
 
 Tensor packed_conv_transpose_cpu(const Tensor& x, const Tensor& packed, Ints stride, Ints padding, Ints dilation, int64_t act,
                                  const std::optional<Tensor>& add) {
-  transpose_counter.add();
-  const bool bfloat16 = x.scalar_type() == ScalarType::BFloat16;
-  const auto kernel = bfloat16 ? packed_conv_transpose<BFloat16> : packed_conv_transpose<float>;
-  return kernel(x, packed, stride, padding, dilation, act, add);
+  return counted(transpose_counter, x,
+                 [&](auto t) { return packed_conv_transpose<decltype(t)>(x, packed, stride, padding, dilation, act, add); });
 }
 
 Tensor packed_conv_transpose_argmax_cpu(const Tensor& x, const Tensor& packed, Ints stride, Ints padding, Ints dilation,
                                         int64_t act, int64_t bytes) {
-  classes_counter.add();
-  const bool bfloat16 = x.scalar_type() == ScalarType::BFloat16;
-  const auto kernel = bfloat16 ? packed_conv_transpose_argmax<BFloat16> : packed_conv_transpose_argmax<float>;
-  return kernel(x, packed, stride, padding, dilation, act, bytes);
+  return counted(classes_counter, x, [&](auto t) {
+    return packed_conv_transpose_argmax<decltype(t)>(x, packed, stride, padding, dilation, act, bytes);
+  });
 }
 
 Tensor packed_conv_transpose_overlap_cpu(const Tensor& x, const Tensor& packed, Ints stride, Ints padding, Ints dilation,
                                          Ints output_padding, int64_t act) {
-  overlap_counter.add();
-  const bool bfloat16 = x.scalar_type() == ScalarType::BFloat16;
-  const auto kernel = bfloat16 ? packed_conv_transpose_overlap<BFloat16> : packed_conv_transpose_overlap<float>;
-  return kernel(x, packed, stride, padding, dilation, output_padding, act);
+  return counted(overlap_counter, x, [&](auto t) {
+    return packed_conv_transpose_overlap<decltype(t)>(x, packed, stride, padding, dilation, output_padding, act);
+  });
 }
 
 Tensor packed_conv_ds_conv_cpu(const Tensor& x, const Tensor& first, Ints first_stride, Ints first_padding, Ints first_dilation,
                                int64_t first_act, const Tensor& packed, Ints stride, Ints padding, Ints dilation, int64_t dw_act,
                                int64_t act) {
-  first_counter.add();
-  const auto run = x.scalar_type() == ScalarType::BFloat16 ? packed_conv_ds_conv<BFloat16> : packed_conv_ds_conv<float>;
-  return run(x, first, first_stride, first_padding, first_dilation, first_act, packed, stride, padding, dilation, dw_act, act);
+  return counted(first_counter, x, [&](auto t) {
+    return packed_conv_ds_conv<decltype(t)>(x, first, first_stride, first_padding, first_dilation, first_act, packed, stride,
+                                            padding, dilation, dw_act, act);
+  });
 }
 
 Tensor packed_winograd_cpu(const Tensor& x, const Tensor& packed, Ints stride, Ints padding, Ints dilation, int64_t act,
@@ -1266,25 +1270,24 @@ Tensor packed_winograd_cpu(const Tensor& x, const Tensor& packed, Ints stride, I
 
 Tensor packed_ds_conv_cpu(const Tensor& x, const Tensor& packed, Ints stride, Ints padding, Ints dilation, int64_t dw_act,
                           int64_t act, const std::optional<Tensor>& add) {
-  ds_counter.add();
-  const auto kernel = x.scalar_type() == ScalarType::BFloat16 ? packed_ds_conv<BFloat16> : packed_ds_conv<float>;
-  return kernel(x, packed, stride, padding, dilation, dw_act, act, add);
+  return counted(ds_counter, x,
+                 [&](auto t) { return packed_ds_conv<decltype(t)>(x, packed, stride, padding, dilation, dw_act, act, add); });
 }
 
 Tensor packed_ds_conv_chain_cpu(const Tensor& x, const Tensor& packed, Ints stride, Ints padding, Ints dilation, int64_t dw_act,
                                 int64_t act, const std::optional<Tensor>& low, bool align_corners,
                                 const std::optional<Tensor>& last, int64_t last_act) {
-  chain_counter.add();
-  const auto kernel = x.scalar_type() == ScalarType::BFloat16 ? packed_ds_conv_chain<BFloat16> : packed_ds_conv_chain<float>;
-  return kernel(x, packed, stride, padding, dilation, dw_act, act, low, align_corners, last, last_act);
+  return counted(chain_counter, x, [&](auto t) {
+    return packed_ds_conv_chain<decltype(t)>(x, packed, stride, padding, dilation, dw_act, act, low, align_corners, last,
+                                             last_act);
+  });
 }
 
 Tensor packed_inverted_residual_cpu(const Tensor& x, const Tensor& packed, Ints stride, Ints padding, Ints dilation,
                                     int64_t expand_act, int64_t dw_act, int64_t act, const std::optional<Tensor>& add) {
-  inverted_counter.add();
-  const bool bfloat16 = x.scalar_type() == ScalarType::BFloat16;
-  const auto kernel = bfloat16 ? packed_inverted_residual<BFloat16> : packed_inverted_residual<float>;
-  return kernel(x, packed, stride, padding, dilation, expand_act, dw_act, act, add);
+  return counted(inverted_counter, x, [&](auto t) {
+    return packed_inverted_residual<decltype(t)>(x, packed, stride, padding, dilation, expand_act, dw_act, act, add);
+  });
 }
 
 }  // namespace
