@@ -105,6 +105,35 @@ def test_fuses_and_agrees(options, mode):
     check(module, x)
 
 
+@compiled
+@pytest.mark.parametrize(
+    "options",
+    [
+        {}, {"stride": 2}, {"kernel_size": 5}, {"kernel_size": 5, "stride": 2}, {"padding": 0}, {"padding": 3}, {"dilation": 3},
+        {"dilation": 9}, {"stride": (1, 2)}, {"stride": 3}, {"kernel_size": (7, 3), "stride": 2}, {"dtype": torch.bfloat16},
+        {"kernel_size": 5, "dilation": 2, "padding": 6, "dtype": torch.bfloat16},
+    ],
+    ids=str,
+)  # fmt: skip
+@pytest.mark.parametrize("size", ((40, 35), (41, 70)), ids=str)
+def test_maps_of_several_chunks(options, size, kernel_set):
+    # reductions in chunks of rows, each with the rows of the gradient that it needs of its neighbour's
+    torch.manual_seed(6)
+    module = DSConv(19, 21, act="silu", dw_act="silu", **options).train()
+    check(module, torch.randn(2, 19, *size, dtype=options.get("dtype")).contiguous(memory_format=torch.channels_last))
+
+
+@compiled
+@pytest.mark.parametrize("stride", (1, 2))
+def test_maps_written_past_the_caches(stride, kernel_set):
+    torch.manual_seed(7)
+    module = DSConv(32, 16, stride, act="silu", dw_act="silu").train()
+    x = torch.randn(2, 32, 130 * stride, 129 * stride).contiguous(memory_format=torch.channels_last)
+    with torch.no_grad():
+        assert module.conv[:3](x).nbytes >= 1 << 22, "small enough to be kept"
+    check(module, x)
+
+
 def replace(index, make):
     def change(module):
         module.conv[index] = make()

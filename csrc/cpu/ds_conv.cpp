@@ -32,6 +32,13 @@ struct DsConv {
   const A *center2, *slope2;
   const A* zeros;  // as long as the longest row: the shift of what has none
   int64_t act1, act2;
+  bool past_u, past_x, past_g;  // u, grad_x and g1 are written past the caches
+
+  // Rows of output pixels before its last one that a row of grad_x is gathered from; a few of them are kept, each of so many
+  // elements.
+  int64_t reach() const { return (g.kh - 1) * g.dh / g.sh; }
+  bool ringed() const { return reach() <= 4; }
+  int64_t ring_row() const { return (g.ow + 2 * (g.kw - 1)) * g.c; }
 };
 
 }  // namespace segfast
@@ -72,13 +79,16 @@ struct Add {
 };
 
 // put's matrix[r][c]: sum over pixels p of a[p * lda + r] * b[p * ldb + c]: the weight gradient of the pointwise half.
-template <class A, class P>
+template <class A, class P, class F>
 SEGFAST_INLINE void product_transposed(int64_t pixels, const A* a, int64_t lda, int64_t rows, const A* b, int64_t ldb,
-                                       const P& put) {
+                                       const P& put, const F& ahead) {
   constexpr int V = kVectors<A>, L = lanes<A>;
+  const int64_t count = (ldb + V * L - 1) / (V * L);
   int64_t col = 0;
-  for (; col + V * L <= ldb; col += V * L) rows_of<V, A>(rows, pixels, a, 1, lda, b + col, ldb, col, put);
-  for (; col < ldb; col += L) rows_of<1, A>(rows, pixels, a, 1, lda, b + col, ldb, col, put);
+  for (; col + V * L <= ldb; col += V * L) {
+    rows_of<V, A>(rows, pixels, a, 1, lda, b + col, ldb, col, put, ahead, col / (V * L), count);
+  }
+  for (; col < ldb; col += L) rows_of<1, A>(rows, pixels, a, 1, lda, b + col, ldb, col, put, ahead, col / (V * L), count);
 }
 
 // Packs w (element (col, d) at w[col * col_step + d * d_step]) into panels, times scale[col] or scale_d.
@@ -123,56 +133,86 @@ void ds_conv_tiles(const DsConv<T, A>& o, int64_t begin, int64_t end, A* buffer)
   return ds_conv_tiles_of<T, A, false, false>(o, begin, end, buffer);
 }
 
-// f(p, p % P) for p < count; the remainder is known at compile time, so that f may choose a register by it.
-template <int P, class F>
-SEGFAST_INLINE void each_of(int64_t count, F f) {
-  int64_t p = 0;
-  for (; p + P <= count; p += P) {
-#pragma GCC unroll 8
-    for (int i = 0; i < P; ++i) f(p + i, i);
-  }
-  for (; p < count; ++p) f(p, 0);
-}
-
-// Adds a tile [pixels][channels] of T to running moments in double: count-weighted mean and sum of squares about it. Two passes
-// over the tile, which is in cache: about its own mean nothing cancels, and four sums each keep the rounding down.
+// Rows to memory, and their moments: their sums, and the sums of their squares about `center`, the mean of the first block. A
+// block adds what it sums about its own mean; nothing cancels but in what blocks differ by, and that by no more than their
+// number.
 template <class T, class A>
-void add_moments(const T* x, int64_t pixels, int64_t channels, double before, double* mean, double* square) {
-  constexpr int L = lanes<A>, P = 4;
-  const double n = static_cast<double>(pixels), inverse = 1 / n, weight = n / (before + n);
-  for (int64_t c0 = 0; c0 < channels; c0 += L) {
-    const int left = static_cast<int>(channels - c0 < L ? channels - c0 : L);
-    const Vec<A> shift = load_n(x + c0, left);
-    Vec<A> first[P] = {}, sum[P] = {}, squares[P] = {};
-    const T* from = x + c0;
-    each_of<P>(pixels, [&](int64_t p, int i) { first[i] += load_n(from + p * channels, left) - shift; });
-    const Vec<A> center = shift + (first[0] + first[1] + (first[2] + first[3])) * static_cast<A>(inverse);
-    each_of<P>(pixels, [&](int64_t p, int i) {
-      const Vec<A> d = load_n(from + p * channels, left) - center;
-      sum[i] += d;
-      squares[i] += d * d;
-    });
-    Vec<A> sums = sum[0] + sum[1] + (sum[2] + sum[3]), all = squares[0] + squares[1] + (squares[2] + squares[3]), at = center;
-    for (int i = 0; i < left; ++i) {
-      const double m = lane<A>(sums, i) * inverse, delta = lane<A>(at, i) + m - mean[c0 + i];
-      square[c0 + i] += lane<A>(all, i) - m * m * n + delta * delta * before * weight;
-      mean[c0 + i] += delta * weight;
+struct PutMoments : Put<T, A> {
+  bool past;
+  A *center, *square;  // [cols], padded to vectors; row 0 sets them
+  double* sum;
+  PutMoments(T* to, int64_t ld, const A* shift, bool past, double* scratch, int64_t padded)
+      : Put<T, A>{to, ld, ld, shift, kIdentity},
+        past(past),
+        center(reinterpret_cast<A*>(scratch)),
+        square(reinterpret_cast<A*>(scratch + padded)),
+        sum(scratch + 2 * padded) {}
+  template <int N>
+  SEGFAST_INLINE void block(int64_t first, int64_t col, const Vec<A> (&v)[N]) const {
+    const int left = static_cast<int>(this->cols - col < lanes<A> ? this->cols - col : lanes<A>);
+    if (left <= 0) return;
+    Vec<A> stored[N], total{}, rest{}, squares{};
+#pragma GCC unroll 16
+    for (int i = 0; i < N; ++i) {
+      T* to = this->to + (first + i) * this->ld + col;
+      stored[i] = v[i] + load(this->shift + col);
+      if (past) {
+        store_past(to, stored[i], true);
+      } else {
+        prefetch_to(to + 2 * N * this->ld);
+        store_n(to, stored[i], left);
+      }
+      if constexpr (!std::is_same_v<T, A>) stored[i] = load_n(to, left);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < N; ++i) total += stored[i];
+    const Vec<A> mean = total * (A(1) / N);
+#pragma GCC unroll 16
+    for (int i = 0; i < N; ++i) {
+      const Vec<A> off = stored[i] - mean;
+      rest += off;  // what rounding took from the mean
+      squares += off * off;
+    }
+    if (first == 0) {
+      store(center + col, mean), store(square + col, Vec<A>{});
+      for (int i = 0; i < lanes<A>; ++i) sum[col + i] = 0;
+    }
+    const Vec<A> off = mean - load(center + col);
+    store(square + col, load(square + col) + (squares + off * off * A(N)));
+    add_wide(sum + col, mean * A(N));
+    if constexpr (N > 1) add_wide(sum + col, rest);
+  }
+  SEGFAST_INLINE void operator()(int64_t i, int64_t col, Vec<A> v) const { block<1>(i, col, {v}); }
+  SEGFAST_INLINE void part(int64_t i, int64_t col, Vec<A> v) const { block<1>(i, col, {v}); }
+
+  // Adds the moments of `rows` rows to those of `before`: mean and sum of squares about it.
+  void add_to(double before, double rows, double* mean, double* squares) const {
+    for (int64_t i = 0; i < this->cols; ++i) {
+      const double own = sum[i] / rows, off = own - center[i], delta = own - mean[i];
+      squares[i] += square[i] - off * off * rows + delta * delta * before * rows / (before + rows);
+      mean[i] += delta * rows / (before + rows);
     }
   }
-}
+};
+
+// Of a depthwise convolution whose next rows of x are asked for.
+template <class T, class A>
+struct PutDepthwise : PutMoments<T, A> {
+  int64_t row;
+};
 
 // u = depthwise(x) + bias and its moments.
 template <class T, class A>
-void train_depthwise(const DsConv<T, A>& o, int64_t begin, int64_t end, double* moments) {
+void train_depthwise(const DsConv<T, A>& o, int64_t begin, int64_t end, double* scratch, double* moments) {
   double count = 0;
   each_row(o.g, begin, end, [&](int64_t n, int64_t oy, int64_t ox0, int64_t ox1, int64_t offset) {
     T* u = o.u_out + (begin + offset) * o.g.c;
-    depthwise_row(o.g, o.x, o.dw, o.cp, n, oy, ox0, ox1, 0, Put<T, A>{u, o.g.c, o.g.c, o.dw_shift, kIdentity});
-    if (moments) {
-      add_moments<T, A>(u, ox1 - ox0, o.g.c, count, moments, moments + o.cp);
-      count += static_cast<double>(ox1 - ox0);
-    }
+    const PutDepthwise<T, A> put{{u, o.g.c, o.dw_shift, o.past_u, scratch, o.cp}, o.g.w * o.g.c};
+    depthwise_row(o.g, o.x, o.dw, o.cp, n, oy, ox0, ox1, 0, put);
+    if (moments) put.add_to(count, static_cast<double>(ox1 - ox0), moments, moments + o.cp);
+    count += static_cast<double>(ox1 - ox0);
   });
+  fence();
 }
 
 // f(act): ReLU as a constant, which leaves no branch in the loop; the others as they come.
@@ -212,18 +252,15 @@ SEGFAST_INLINE void normalise_tile(const T* u, int64_t pixels, int64_t c, int64_
 
 // z = pointwise(act(bn(u))) + bias and its moments.
 template <class T, class A>
-void train_pointwise(const DsConv<T, A>& o, int64_t begin, int64_t end, A* buffer, double* moments) {
+void train_pointwise(const DsConv<T, A>& o, int64_t begin, int64_t end, A* buffer, double* scratch, double* moments) {
   double count = 0;
   for (int64_t t0 = begin; t0 < end; t0 += o.tile) {
     const int64_t t1 = t0 + o.tile < end ? t0 + o.tile : end;
     normalise_tile(o.u + t0 * o.g.c, t1 - t0, o.g.c, o.cp, o.scale1, o.shift1, o.act1, buffer);
-    T* z = o.z_out + t0 * o.g.k;
-    product<A>(t1 - t0, o.g.c, buffer, o.cp, o.pw, o.kp, Put<T, A>{z, o.g.k, o.g.k, o.pw_shift, kIdentity},
-               RowsAhead<T>{o.u + t1 * o.g.c, o.g.c});
-    if (moments) {
-      add_moments<T, A>(z, t1 - t0, o.g.k, count, moments, moments + o.kp);
-      count += static_cast<double>(t1 - t0);
-    }
+    const PutMoments<T, A> put(o.z_out + t0 * o.g.k, o.g.k, o.pw_shift, false, scratch, o.kp);
+    product<A>(t1 - t0, o.g.c, buffer, o.cp, o.pw, o.kp, put, RowsAhead<T>{o.u + t1 * o.g.c, o.g.c});
+    if (moments) put.add_to(count, static_cast<double>(t1 - t0), moments, moments + o.kp);
+    count += static_cast<double>(t1 - t0);
   }
 }
 
@@ -266,11 +303,8 @@ SEGFAST_INLINE void add_sums(const T* x, int64_t pixels, int64_t c, const A* mea
         }
       }
       for (int j = 0; j < N; ++j) {
-        double* to = sums + c0 + j * L;
-        for (int i = 0; i < left; ++i) {
-          to[i] += lane<A>(sum[j], i);
-          to[stride + i] += lane<A>(product[j], i);
-        }
+        add_wide(sums + c0 + j * L, sum[j]);
+        add_wide(sums + stride + c0 + j * L, product[j]);
       }
     }
   });
@@ -312,109 +346,144 @@ void backward_pointwise(const DsConv<T, A>& o, int64_t begin, int64_t end, A* bu
         }
       }
     });
-    product_transposed<A>(pixels, gz, o.kp, k, v, o.cp, Add<A>{grad_pw, o.cp, o.cp});
-    product<A>(pixels, k, gz, o.kp, o.pw_back, o.cp, Put<A, A>{gv, o.cp, o.cp, o.zeros, kIdentity});
+    // The next tile's: a share of z and of grad_y to each row of the weight's gradient, u to each pixel.
+    const auto outputs = [&](int64_t i, int64_t count) {
+      const int64_t from = t1 * k + i * pixels;
+      prefetch_run(o.z + from, count * pixels), prefetch_run(o.grad_y + from, count * pixels);
+    };
+    product_transposed<A>(pixels, gz, o.kp, k, v, o.cp, Add<A>{grad_pw, o.cp, o.cp}, outputs);
+    product<A>(pixels, k, gz, o.kp, o.pw_back, o.cp, Put<A, A>{gv, o.cp, o.cp, o.zeros, kIdentity},
+               RowsAhead<T>{o.u + t1 * c, c});
     with_act(o.act1, [&](auto act) {
       T* grad_u = o.grad_u + t0 * c;
       add_sums<T, A>(o.u + t0 * c, pixels, c, o.mean1, sums, o.cp, [&](int64_t p, int64_t c0, Vec<A> u, int left) {
         const Vec<A> g = activate_grad<A>(u * load(o.scale1 + c0) + load(o.shift1 + c0), load(gv + p * o.cp + c0), act);
-        store_n(grad_u + p * c + c0, g, left);
+        if (o.past_g) {
+          store_past(grad_u + p * c + c0, g, true);
+        } else {
+          store_n(grad_u + p * c + c0, g, left);
+        }
         return g;
       });
     });
   }
+  fence();
 }
 
-// g1 -> grad_u of `count` pixels in place, and its products with a 3 x 3 window that moves S columns a pixel: the nine sums are
-// added to grad_dw where `valid`. All columns lie inside; `rows` start at the first pixel's.
-template <int S, class T, class A>
-SEGFAST_NOINLINE void weight_run(const T* const* rows, const bool* valid, const T* u, T* gu, int64_t count, int64_t c,
-                                 const A* scale, const A* mean, const A* center, const A* slope, A* grad_dw, int64_t cp) {
-  const Vec<A> a = load(scale), m = load(mean), b = load(center), s = load(slope);
-  Vec<A> acc[3][3] = {}, window[3][3];
-  const T *row0 = rows[0], *row1 = rows[1], *row2 = rows[2];
-#pragma GCC unroll 3
-  for (int kx = 0; kx < 3 - S; ++kx) {
-    window[0][kx] = load(row0 + kx * c), window[1][kx] = load(row1 + kx * c), window[2][kx] = load(row2 + kx * c);
-  }
-  row0 += (3 - S) * c, row1 += (3 - S) * c, row2 += (3 - S) * c;
-  for (int64_t p = 0; p < count; ++p) {
-    prefetch(gu + 8 * c), prefetch(u + 8 * c), prefetch(row2 + 8 * S * c);
-    const Vec<A> v = a * (load(gu) - b - s * (load(u) - m));
-    store(gu, v);
-#pragma GCC unroll 3
-    for (int kx = 3 - S; kx < 3; ++kx) {
-      window[0][kx] = load(row0), window[1][kx] = load(row1), window[2][kx] = load(row2);
-      row0 += c, row1 += c, row2 += c;
-    }
-#pragma GCC unroll 3
-    for (int ky = 0; ky < 3; ++ky) {
-#pragma GCC unroll 3
-      for (int kx = 0; kx < 3; ++kx) acc[ky][kx] += v * window[ky][kx];
-#pragma GCC unroll 3
-      for (int kx = 0; kx < 3 - S; ++kx) window[ky][kx] = window[ky][kx + S];
-    }
-    gu += c, u += c;
-  }
-  for (int ky = 0; ky < 3; ++ky) {
-    for (int kx = 0; kx < 3 && valid[ky]; ++kx) {
-      A* out = grad_dw + (ky * 3 + kx) * cp;
-      store(out, load(out) + acc[ky][kx]);
-    }
-  }
-}
-
-// g1 -> grad_u in place, and the gradient of the depthwise weight [kh * kw][cp].
+// grad_u = scale * (g1 - center - slope * (u - mean)) of `count` pixels.
 template <class T, class A>
-void backward_depthwise_weight(const DsConv<T, A>& o, int64_t begin, int64_t end, A* grad_dw) {
+SEGFAST_INLINE void normalise_back(const DsConv<T, A>& o, int64_t pixel, int64_t count, A* to) {
+  constexpr int L = lanes<A>;
+  const int64_t c = o.g.c;
+  const T *g = o.grad_u + pixel * c, *u = o.u + pixel * c;
+  for (int64_t p = 0; p < count; ++p, g += c, u += c, to += c) {
+    const auto value = [&](int64_t c0, Vec<A> gradient, Vec<A> at) {
+      return load(o.scale1 + c0) * (gradient - load(o.center1 + c0) - load(o.slope1 + c0) * (at - load(o.mean1 + c0)));
+    };
+    int64_t c0 = 0;
+    for (; c0 + L <= c; c0 += L) store(to + c0, value(c0, load(g + c0), load(u + c0)));
+    const int left = static_cast<int>(c - c0);
+    if (left > 0) store_n(to + c0, value(c0, load_n(g + c0, left), load_n(u + c0, left)), left);
+  }
+}
+
+// What the next row of pixels begins with: g1 and u, from the pixel at hand on, and x, a row of its own further.
+template <class T>
+struct Ahead {
+  const T *g, *u;
+  int64_t row;
+};
+
+// Adds the products of N pixels' gradients v [N][c] with what lies under the kernel: K taps wide, S columns a pixel, vertical
+// taps [ky0, ky1), of which rows[ky] + x is the first pixel. A vector beyond v's end may be read.
+template <int N, int K, int S, class T, class A>
+SEGFAST_NOINLINE void weight_block(const A* v, const T* const* rows, int64_t x, int64_t c, int64_t ky0, int64_t ky1, A* grad_dw,
+                                   int64_t cp, const Ahead<T> ahead) {
+  constexpr int L = lanes<A>;
+  const auto taps = [&](int64_t c0, auto read) {
+    Vec<A> g[N];
+#pragma GCC unroll 8
+    for (int i = 0; i < N; ++i) {
+      prefetch_l2(ahead.g + i * c + c0), prefetch_l2(ahead.u + i * c + c0);
+      g[i] = load(v + i * c + c0);
+    }
+    for (int64_t ky = ky0; ky < ky1; ++ky) {
+      const T* from = rows[ky] + x + c0;
+      if (ky + 1 == ky1) rows_ahead<N, S>(from, ahead.row, c);
+      Vec<A> acc[K] = {};
+#pragma GCC unroll 32
+      for (int column = 0; column < (N - 1) * S + K; ++column) {
+        const Vec<A> at = in_register(read(from + column * c));
+#pragma GCC unroll 8
+        for (int kx = 0; kx < K; ++kx) {
+          if (column >= kx && (column - kx) % S == 0 && (column - kx) / S < N) acc[kx] += g[(column - kx) / S] * at;
+        }
+      }
+#pragma GCC unroll 8
+      for (int kx = 0; kx < K; ++kx) {
+        A* out = grad_dw + (ky * K + kx) * cp + c0;
+        store(out, load(out) + acc[kx]);
+      }
+    }
+  };
+  int64_t c0 = 0;
+  for (; c0 + L <= c; c0 += L) taps(c0, [](const T* p) { return load(p); });
+  const int left = static_cast<int>(c - c0);
+  if (left > 0) taps(c0, [left](const T* p) { return load_n(p, left); });
+}
+
+template <int K, int S, class T, class A>
+SEGFAST_INLINE void weight_run(const A* v, const T* const* rows, int64_t x, int64_t c, int64_t ky0, int64_t ky1, int64_t count,
+                               A* grad_dw, int64_t cp, const Ahead<T>& ahead) {
+  constexpr int N = SEGFAST_BYTES == 64 ? 8 : 4;
+  int64_t p = 0;
+  const auto blocks = [&](auto n) {
+    constexpr int N = decltype(n)::value;
+    for (; p + N <= count; p += N) {
+      weight_block<N, K, S>(v + p * c, rows, x + p * S * c, c, ky0, ky1, grad_dw, cp,
+                            Ahead<T>{ahead.g + p * c, ahead.u + p * c, ahead.row});
+    }
+  };
+  blocks(Int<N>{}), blocks(Int<1>{});
+}
+
+// The depthwise weight's gradient [kh * kw][cp]: what one row of pixels, of gradients v [ow][c], adds to it.
+template <class T, class A>
+void weight_row(const DsConv<T, A>& o, int64_t n, int64_t oy, const A* v, A* grad_dw) {
   constexpr int L = lanes<A>;
   const Geometry& g = o.g;
-  const bool fast = g.kh == 3 && g.kw == 3 && g.dh == 1 && g.dw == 1 && g.sh == g.sw && (g.sw == 1 || g.sw == 2) && g.w >= 3;
-  each_row(g, begin, end, [&](int64_t n, int64_t oy, int64_t ox0, int64_t ox1, int64_t offset) {
-    T* gu = o.grad_u + (begin + offset) * g.c;
-    const T* u = o.u + (begin + offset) * g.c;
-    const T* image = o.x + n * g.h * g.w * g.c;
-    const int64_t iy = oy * g.sh - g.ph;
-    int64_t first = ox1, last = ox1;  // the pixels whose taps all lie inside, horizontally
-    if (fast) {
-      first = (g.pw + g.sw - 1) / g.sw;
-      last = g.w - g.kw + g.pw < 0 ? 0 : (g.w - g.kw + g.pw) / g.sw + 1;
-      first = first < ox0 ? ox0 : (first > ox1 ? ox1 : first);
-      last = last < first ? first : (last > ox1 ? ox1 : last);
+  const T* image = o.x + n * g.h * g.w * g.c;
+  const int64_t iy = oy * g.sh - g.ph;
+  const auto [first, last] = Inside(g, 0, g.ow);
+  for (int64_t ox = 0; ox < g.ow; ++ox) {
+    const A* at = v + ox * g.c;
+    if (ox == first && last > first) {
+      const auto [ky0, ky1] = TapsInside(g, oy);
+      const T* rows[8];
+      for (int64_t ky = ky0; ky < ky1; ++ky) rows[ky] = image + (iy + ky) * g.w * g.c;
+      const int64_t from = (ox * g.sw - g.pw) * g.c, count = last - first, next = ((n * g.oh + oy + 1) * g.ow + ox) * g.c;
+      const Ahead<T> ahead{o.grad_u + next, o.u + next, g.w * g.c};
+      if (g.kw == 3 && g.sw == 1) weight_run<3, 1>(at, rows, from, g.c, ky0, ky1, count, grad_dw, o.cp, ahead);
+      if (g.kw == 3 && g.sw == 2) weight_run<3, 2>(at, rows, from, g.c, ky0, ky1, count, grad_dw, o.cp, ahead);
+      if (g.kw == 5 && g.sw == 1) weight_run<5, 1>(at, rows, from, g.c, ky0, ky1, count, grad_dw, o.cp, ahead);
+      if (g.kw == 5 && g.sw == 2) weight_run<5, 2>(at, rows, from, g.c, ky0, ky1, count, grad_dw, o.cp, ahead);
+      ox = last - 1;
+      continue;
     }
-    for (int64_t c0 = 0; c0 < g.c; c0 += L) {
-      const int left = static_cast<int>(g.c - c0 < L ? g.c - c0 : L);
-      const auto pixel = [&](int64_t ox) {
-        T* at = gu + (ox - ox0) * g.c + c0;
-        const Vec<A> d = load_n(u + (ox - ox0) * g.c + c0, left) - load(o.mean1 + c0);
-        const Vec<A> v = load(o.scale1 + c0) * (load_n(at, left) - load(o.center1 + c0) - load(o.slope1 + c0) * d);
-        store_n(at, v, left);
-        for (int64_t ky = 0; ky < g.kh; ++ky) {
-          const int64_t y = iy + ky * g.dh;
-          for (int64_t kx = 0; kx < g.kw && y >= 0 && y < g.h; ++kx) {
-            const int64_t xx = ox * g.sw - g.pw + kx * g.dw;
-            if (xx < 0 || xx >= g.w) continue;
-            A* out = grad_dw + (ky * g.kw + kx) * o.cp + c0;
-            store(out, load(out) + v * load_n(image + (y * g.w + xx) * g.c + c0, left));
-          }
+    for (int64_t ky = 0; ky < g.kh; ++ky) {
+      const int64_t y = iy + ky * g.dh;
+      for (int64_t kx = 0; kx < g.kw && y >= 0 && y < g.h; ++kx) {
+        const int64_t xx = ox * g.sw - g.pw + kx * g.dw;
+        if (xx < 0 || xx >= g.w) continue;
+        const T* from = image + (y * g.w + xx) * g.c;
+        A* out = grad_dw + (ky * g.kw + kx) * o.cp;
+        for (int64_t c0 = 0; c0 < g.c; c0 += L) {
+          const int left = static_cast<int>(g.c - c0 < L ? g.c - c0 : L);
+          store(out + c0, load(out + c0) + load(at + c0) * load_n(from + c0, left));
         }
-      };
-      const bool run = left == L && last > first;
-      for (int64_t ox = ox0; ox < (run ? first : ox1); ++ox) pixel(ox);
-      if (!run) continue;
-      const T* rows[3];
-      bool valid[3];
-      for (int ky = 0; ky < 3; ++ky) {  // a row outside reads another one, for nothing
-        valid[ky] = iy + ky >= 0 && iy + ky < g.h;
-        rows[ky] = image + ((valid[ky] ? iy + ky : 0) * g.w + first * g.sw - g.pw) * g.c + c0;
       }
-      const int64_t at = (first - ox0) * g.c + c0;
-      const auto weights = g.sw == 1 ? &weight_run<1, T, A> : &weight_run<2, T, A>;
-      weights(rows, valid, u + at, gu + at, last - first, g.c, o.scale1 + c0, o.mean1 + c0, o.center1 + c0, o.slope1 + c0,
-              grad_dw + c0, o.cp);
-      for (int64_t ox = last; ox < ox1; ++ox) pixel(ox);
     }
-  });
+  }
 }
 
 // The input gradient of a 3 x 3 kernel with stride 2 and padding 1: N pairs of pixels (2j, 2j + 1) of one row, from the gradient
@@ -440,71 +509,116 @@ SEGFAST_NOINLINE void input_pairs(int number, const T* const* rows, const A* con
         g = next;
       }
     }
-    if (left == L) {
+    Vec<A> both[2 * N];
 #pragma GCC unroll 8
-      for (int j = 0; j < N; ++j) put(pixel + 2 * j, c0, even[j]), put(pixel + 2 * j + 1, c0, odd[j]);
-    } else {
-      for (int j = 0; j < N; ++j) put.part(pixel + 2 * j, c0, even[j]), put.part(pixel + 2 * j + 1, c0, odd[j]);
-    }
+    for (int j = 0; j < N; ++j) both[2 * j] = even[j], both[2 * j + 1] = odd[j];
+    put_block<2 * N, A>(put, pixel, c0, both);
   }
 }
 
-// grad_x: rows [begin, end) of N * H; gathered, so no two threads write one pixel.
-template <class T, class A>
-void backward_input(const DsConv<T, A>& o, int64_t begin, int64_t end) {
+// Row y of image n of grad_x, gathered from the rows of grad_u: at(oy) is the first pixel of row oy. Where `framed` there are
+// kw - 1 pixels of zeros before each row and behind it.
+template <class T, class A, class F>
+SEGFAST_INLINE void input_row(const DsConv<T, A>& o, int64_t n, int64_t y, bool framed, F at) {
+  using R = std::remove_cv_t<std::remove_pointer_t<decltype(at(int64_t{0}))>>;
   const Geometry& g = o.g;
-  const Put<T, A> put{o.grad_x, g.c, g.c, o.zeros, kIdentity};
-  if (g.sh == 1 && g.sw == 1) {  // a depthwise convolution with the kernel turned round
-    Geometry back = g;
-    back.h = g.oh, back.w = g.ow, back.oh = g.h, back.ow = g.w;
-    back.ph = g.dh * (g.kh - 1) - g.ph, back.pw = g.dw * (g.kw - 1) - g.pw;
-    if (back.ph >= 0 && back.pw >= 0) {
-      for (int64_t r = begin; r < end; ++r) {
-        depthwise_row(back, static_cast<const T*>(o.grad_u), o.dw_flipped, o.cp, r / g.h, r % g.h, int64_t{0}, g.w, r * g.w, put);
-      }
-      return;
+  const PutFar<T, A> put{{o.grad_x, g.c, g.c, o.zeros, kIdentity}, o.past_x};
+  const int64_t pixel = (n * g.h + y) * g.w;
+  int64_t done = 0;
+  if (framed && g.kh == g.kw && g.sh == g.sw && g.dh == 1 && g.dw == 1) {
+    const R* rows[8];
+    if (g.sh == 1 && (g.kw == 3 || g.kw == 5)) {  // a depthwise convolution with the kernel turned round
+      const int64_t top = y + g.ph - (g.kh - 1);
+      const int64_t ky0 = top < 0 ? -top : 0, ky1 = g.oh - top < g.kh ? (g.oh - top > ky0 ? g.oh - top : ky0) : g.kh;
+      for (int64_t ky = ky0; ky < ky1; ++ky) rows[ky] = at(top + ky);
+      const int64_t from = (g.pw - (g.kw - 1)) * g.c;
+      if (g.kw == 3) return depthwise_run<3, 1>(rows, from, g.c, o.dw_flipped, o.cp, ky0, ky1, g.w, pixel, put);
+      return depthwise_run<5, 1>(rows, from, g.c, o.dw_flipped, o.cp, ky0, ky1, g.w, pixel, put);
     }
-  }
-  for (int64_t r = begin; r < end; ++r) {
-    const int64_t n = r / g.h, y = r % g.h;
-    int64_t done = 0;
-    if (g.kh == 3 && g.kw == 3 && g.sh == 2 && g.sw == 2 && g.ph == 1 && g.pw == 1 && g.dh == 1 && g.dw == 1) {
-      const T* rows[2];
+    if (g.kh == 3 && g.sh == 2 && g.ph == 1 && g.pw == 1) {
       const A* weights[2];
       int number = 0;
       for (int64_t ky = (y + 1) % 2; ky < 3; ky += 2) {
         const int64_t oy = (y + 1 - ky) / 2;
         if (oy >= g.oh) continue;
-        rows[number] = o.grad_u + (n * g.oh + oy) * g.ow * g.c;
+        rows[number] = at(oy);
         weights[number++] = o.dw + ky * 3 * o.cp;
       }
-      const int64_t pairs = g.w / 2 < g.ow - 1 ? g.w / 2 : g.ow - 1;
       const auto run = [&](auto size) {
         constexpr int N = decltype(size)::value;
-        for (; done + 2 * N <= 2 * pairs; done += 2 * N) {
-          input_pairs<N>(number, rows, weights, o.cp, g.c, r * g.w + done, put);
+        for (; done + 2 * N <= g.w; done += 2 * N) {
+          input_pairs<N>(number, rows, weights, o.cp, g.c, pixel + done, put);
           for (int i = 0; i < number; ++i) rows[i] += N * g.c;
         }
       };
       run(Int<4>{});
       run(Int<1>{});
     }
-    for (int64_t xx = done; xx < g.w; ++xx) {
-      const T* from[64];
-      const A* weight[64];
-      int taps = 0;
-      for (int64_t ky = 0; ky < g.kh; ++ky) {
-        const int64_t up = y + g.ph - ky * g.dh;
-        if (up < 0 || up % g.sh || up / g.sh >= g.oh) continue;
-        for (int64_t kx = 0; kx < g.kw; ++kx) {
-          const int64_t along = xx + g.pw - kx * g.dw;
-          if (along < 0 || along % g.sw || along / g.sw >= g.ow) continue;
-          from[taps] = o.grad_u + ((n * g.oh + up / g.sh) * g.ow + along / g.sw) * g.c;
-          weight[taps++] = o.dw + (ky * g.kw + kx) * o.cp;
-        }
+  }
+  for (int64_t xx = done; xx < g.w; ++xx) {
+    const R* from[64];
+    const A* weight[64];
+    int taps = 0;
+    for (int64_t ky = 0; ky < g.kh; ++ky) {
+      const int64_t up = y + g.ph - ky * g.dh;
+      if (up < 0 || up % g.sh || up / g.sh >= g.oh) continue;
+      for (int64_t kx = 0; kx < g.kw; ++kx) {
+        const int64_t along = xx + g.pw - kx * g.dw;
+        if (along < 0 || along % g.sw || along / g.sw >= g.ow) continue;
+        from[taps] = at(up / g.sh) + along / g.sw * g.c;
+        weight[taps++] = o.dw + (ky * g.kw + kx) * o.cp;
       }
-      depthwise_pixel(taps, from, weight, r * g.w + xx, put);
     }
+    depthwise_pixel(taps, from, weight, pixel + xx, put);
+  }
+}
+
+// Rows of output pixels: grad_u, the depthwise weight's gradient and, from the last rows of grad_u, which stay in `ring`, the
+// rows of grad_x that end in them. The rows that a chunk needs of the one before it are made again. Where the kernel reaches too
+// far for that, grad_u goes back to memory in place of g1, for `backward_input`.
+template <class T, class A>
+void backward_depthwise(const DsConv<T, A>& o, int64_t begin, int64_t end, A* ring, A* grad_dw) {
+  const Geometry& g = o.g;
+  for (int64_t r = begin / g.ow; r < end / g.ow; ++r) {
+    const int64_t n = r / g.oh, oy = r % g.oh;
+    const int64_t frame = (g.kw - 1) * g.c;
+    const auto at = [&](int64_t row) { return ring + row % (o.reach() + 1) * o.ring_row() + frame; };
+    if (o.ringed() && r == begin / g.ow) {
+      for (int64_t row = 0; row <= o.reach(); ++row) {
+        for (int64_t i = 0; i < frame; ++i) at(row)[i - frame] = at(row)[i + g.ow * g.c] = 0;
+      }
+    }
+    if (o.ringed() && o.grad_x && r == begin / g.ow) {
+      for (int64_t row = oy > o.reach() ? oy - o.reach() : 0; row < oy; ++row) {
+        normalise_back(o, (n * g.oh + row) * g.ow, g.ow, at(row));
+      }
+    }
+    A* const v = o.ringed() ? at(oy) : ring;
+    normalise_back(o, r * g.ow, g.ow, v);
+    weight_row(o, n, oy, v, grad_dw);
+    if (!o.grad_x) continue;
+    if (o.ringed()) {
+      const int64_t y0 = oy * g.sh - g.ph, y1 = oy + 1 < g.oh && y0 + g.sh < g.h ? y0 + g.sh : g.h;
+      for (int64_t y = y0 > 0 ? y0 : 0; y < y1; ++y) input_row(o, n, y, true, [&](int64_t row) -> const A* { return at(row); });
+    } else {
+      constexpr int L = lanes<A>;
+      T* to = o.grad_u + r * g.ow * g.c;
+      for (int64_t i = 0; i < g.ow * g.c; i += L) {
+        const int64_t left = g.ow * g.c - i;
+        store_n(to + i, load(v + i), static_cast<int>(left < L ? left : L));
+      }
+    }
+  }
+  fence();
+}
+
+// Rows [begin, end) of all images of grad_x.
+template <class T, class A>
+void backward_input(const DsConv<T, A>& o, int64_t begin, int64_t end) {
+  const Geometry& g = o.g;
+  for (int64_t r = begin; r < end; ++r) {
+    const int64_t n = r / g.h;
+    input_row(o, n, r % g.h, false, [&](int64_t row) -> const T* { return o.grad_u + (n * g.oh + row) * g.ow * g.c; });
   }
 }
 
@@ -619,6 +733,15 @@ Buffer<A> depthwise_weight(const Tensor& weight, const Geometry& g, const A* sca
     }
   }
   return out;
+}
+
+// Whether a map [pixels][channels] of T is written past the caches: where it is larger than what they keep until it is read
+// again, and consists of whole vectors.
+template <class T>
+bool written_past(const T* p, int64_t pixels, int64_t channels) {
+  constexpr int64_t enough = 4 << 20;
+  return std::is_same_v<T, float> && channels % 16 == 0 && reinterpret_cast<uintptr_t>(p) % 64 == 0 &&
+         pixels * channels * static_cast<int64_t>(sizeof(T)) >= enough;
 }
 
 // Reductions over `work` pixels go in chunks, each a multiple of `step`, at most kChunks of about 512 or more: their number does
@@ -746,6 +869,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ds_conv_train
     o.g = g, o.cp = padded(g.c), o.kp = padded(g.k), o.act1 = dw_act, o.act2 = act;
     o.tile = tile_pixels(o.cp * sizeof(A));
     o.x = data<T>(x), o.u = o.u_out = data<T>(u), o.z = o.z_out = data<T>(z), o.y = data<T>(y);
+    o.past_u = written_past(o.u, g.pixels(), g.c);
     const int64_t pixels = g.pixels();
 
     const Buffer<A> dw = depthwise_weight<A>(dw_weight, g, nullptr), bias1(o.cp), bias2(o.kp), panels(o.kp * g.c, false);
@@ -755,7 +879,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ds_conv_train
     const Chunks by_rows(pixels, g.ow), by_blocks(pixels, 12);
     const Buffer<double> moments1(own1 ? by_rows.number * 2 * o.cp : 0);
     by_rows.each([&](int64_t chunk, int64_t begin, int64_t end) {
-      DS_CONV_CALL(train_depthwise<T, A>)(o, begin, end, own1 ? moments1.p + chunk * 2 * o.cp : nullptr);
+      const Buffer<double> scratch(3 * o.cp, false);
+      DS_CONV_CALL(train_depthwise<T, A>)(o, begin, end, scratch.p, own1 ? moments1.p + chunk * 2 * o.cp : nullptr);
     });
     if (own1) combine(moments1, by_rows, g.c, o.cp, mean1, var1);
 
@@ -766,8 +891,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ds_conv_train
     o.scale1 = first.scale.p, o.shift1 = first.shift.p, o.pw = panels.p, o.pw_shift = bias2.p;
     const Buffer<double> moments2(own2 ? by_blocks.number * 2 * o.kp : 0);
     by_blocks.each([&](int64_t chunk, int64_t begin, int64_t end) {
-      const Buffer<A> scratch(o.tile * o.cp, false);
-      DS_CONV_CALL(train_pointwise<T, A>)(o, begin, end, scratch.p, own2 ? moments2.p + chunk * 2 * o.kp : nullptr);
+      const Buffer<A> tile(o.tile * o.cp, false);
+      const Buffer<double> scratch(3 * o.kp, false);
+      DS_CONV_CALL(train_pointwise<T, A>)(o, begin, end, tile.p, scratch.p, own2 ? moments2.p + chunk * 2 * o.kp : nullptr);
     });
     if (own2) combine(moments2, by_blocks, g.k, o.kp, mean2, var2);
 
@@ -836,6 +962,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
         tile_pixels((2 * o.cp + o.kp) * sizeof(A), 196608, 192);  // deep, for the weight gradient: the sum over a tile's pixels
     o.x = data<T>(x), o.u = data<T>(u), o.z = data<T>(z), o.grad_y = data<T>(gy), o.grad_u = data<T>(grad_u);
     o.grad_x = need_input ? data<T>(grad_x) : nullptr;
+    o.past_x = o.grad_x && written_past(o.grad_x, g.n * g.h * g.w, g.c), o.past_g = written_past(o.grad_u, g.pixels(), g.c);
     const Buffer<A> zeros(o.cp);
     o.zeros = zeros.p;
     const int64_t pixels = g.pixels(), taps = g.kh * g.kw;
@@ -877,9 +1004,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
     const NormGradients<A> norm1(sums1, by_blocks.number, first, g.c, o.cp, count, dw_batch);
     o.center1 = norm1.center.p, o.slope1 = norm1.slope.p;
 
+    const Buffer<A> dw = depthwise_weight<A>(dw_weight, g, nullptr), flipped = depthwise_weight<A>(dw_weight, g, nullptr, true);
+    o.dw = dw.p, o.dw_flipped = flipped.p;
     const Buffer<A> partial_dw(by_rows.number * taps * o.cp);
     by_rows.each([&](int64_t chunk, int64_t begin, int64_t end) {
-      DS_CONV_CALL(backward_depthwise_weight<T, A>)(o, begin, end, partial_dw.p + chunk * taps * o.cp);
+      const Buffer<A> ring((o.ringed() ? o.reach() + 1 : 1) * o.ring_row(), false);
+      DS_CONV_CALL(backward_depthwise<T, A>)(o, begin, end, ring.p, partial_dw.p + chunk * taps * o.cp);
     });
     for (int64_t c = 0; c < g.c; ++c) {
       for (int64_t tap = 0; tap < taps; ++tap) {
@@ -888,9 +1018,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
         data<T>(grad_dw)[c * taps + tap] = static_cast<T>(total);
       }
     }
-    if (need_input) {
-      const Buffer<A> dw = depthwise_weight<A>(dw_weight, g, nullptr), flipped = depthwise_weight<A>(dw_weight, g, nullptr, true);
-      o.dw = dw.p, o.dw_flipped = flipped.p;
+    if (need_input && !o.ringed()) {
       parallel_for(0, g.n * g.h, 1, [&](int64_t begin, int64_t end) { DS_CONV_CALL(backward_input<T, A>)(o, begin, end); });
     }
     dw_g[0] = norm1.bias, dw_g[1] = norm1.gamma, dw_g[2] = norm1.beta;

@@ -91,6 +91,38 @@ struct Put {
   }
 };
 
+// Rows that go to memory and not to a buffer in cache: past the caches, or asked for before they are written.
+template <class T, class A>
+struct PutFar : Put<T, A> {
+  bool past;
+  template <int N>
+  SEGFAST_INLINE void block(int64_t first, int64_t col, const Vec<A> (&v)[N]) const {
+#pragma GCC unroll 16
+    for (int i = 0; i < N; ++i) {
+      if (past) {
+        store_past(this->to + (first + i) * this->ld + col, this->value(col, v[i]), true);
+      } else {
+        this->soon(first + 2 * N + i, col);
+        this->part(first + i, col, v[i]);
+      }
+    }
+  }
+};
+
+// N rows from `first` on of one vector of columns, to a put that has a `block` for them or one by one.
+template <int N, class A, class P>
+SEGFAST_INLINE void put_block(const P& put, int64_t first, int64_t col, const Vec<A> (&v)[N]) {
+  if constexpr (requires { put.block(first, col, v); }) {
+    put.block(first, col, v);
+  } else if (col + lanes<A> <= put.cols) {
+#pragma GCC unroll 16
+    for (int i = 0; i < N; ++i) put(first + i, col, v[i]);
+  } else {
+#pragma GCC unroll 16
+    for (int i = 0; i < N; ++i) put.part(first + i, col, v[i]);
+  }
+}
+
 // What comes after a product reads memory that no hardware fetches ahead, for another step lies between. ahead(i, count) asks for
 // the part of it that belongs to so many of the product's rows; the product calls it with its blocks, whose arithmetic hides the
 // wait, a few rows with each panel: requests that come all at once would wait for each other.
@@ -163,7 +195,15 @@ SEGFAST_NOINLINE void micro(int64_t depth, const A* __restrict a, int64_t row, i
       for (int j = 0; j < V; ++j) acc[i][j] += bv[j] * s;
     }
   }
-  if (col + V * L <= put.cols) {
+  if constexpr (requires { put.block(first, col, acc[0]); }) {
+#pragma GCC unroll 8
+    for (int j = 0; j < V; ++j) {
+      Vec<A> rows[M];
+#pragma GCC unroll 16
+      for (int i = 0; i < M; ++i) rows[i] = acc[i][j];
+      put.block(first, col + j * L, rows);
+    }
+  } else if (col + V * L <= put.cols) {
 #pragma GCC unroll 16
     for (int i = 0; i < M; ++i) {
 #pragma GCC unroll 8
@@ -225,6 +265,16 @@ SEGFAST_INLINE void depthwise_pixel(int taps, const T* const* from, const A* con
   }
 }
 
+// Asks for one vector's channels of N * S pixels of the S rows after the one at `from`.
+template <int N, int S, class T>
+SEGFAST_INLINE void rows_ahead(const T* from, int64_t row, int64_t c) {
+#pragma GCC unroll 2
+  for (int y = 1; y <= S; ++y) {
+#pragma GCC unroll 16
+    for (int i = 0; i < N * S; ++i) prefetch_l2(from + y * row + i * c);
+  }
+}
+
 // N interior pixels of one row from `pixel` on and all their channels: K taps wide, stride S, no dilation, vertical taps
 // [ky0, ky1), of which rows[ky] + x is the first pixel under the kernel.
 template <int N, int K, int S, class T, class A, class P>
@@ -234,9 +284,13 @@ SEGFAST_NOINLINE void depthwise_block(const T* const* rows, int64_t x, int64_t c
   const auto taps = [&](int64_t c0, auto read, Vec<A>(&acc)[N]) {
     for (int64_t ky = ky0; ky < ky1; ++ky) {
       const T* from = rows[ky] + x + c0;
-      if (ky + 1 == ky1) {  // part of the row that is new, two blocks ahead: the hardware does not follow these strides
+      if (ky + 1 == ky1) {  // what is new of the rows, two blocks or a row ahead: the hardware does not follow these strides
+        if constexpr (requires { put.row; }) {
+          rows_ahead<N, S>(from, put.row, c);
+        } else {
 #pragma GCC unroll 16
-        for (int i = 0; i < N * S; ++i) prefetch(from + (2 * N * S + K - S + i) * c);
+          for (int i = 0; i < N * S; ++i) prefetch(from + (2 * N * S + K - S + i) * c);
+        }
       }
       Vec<A> wv[K];
 #pragma GCC unroll 8
@@ -255,15 +309,13 @@ SEGFAST_NOINLINE void depthwise_block(const T* const* rows, int64_t x, int64_t c
   for (; c0 + L <= c; c0 += L) {
     Vec<A> acc[N] = {};
     taps(c0, [](const T* p) { return load(p); }, acc);
-#pragma GCC unroll 8
-    for (int i = 0; i < N; ++i) put(pixel + i, c0, acc[i]);
+    put_block<N, A>(put, pixel, c0, acc);
   }
   if (c0 < c) {
     Vec<A> acc[N] = {};
     const int left = static_cast<int>(c - c0);
     taps(c0, [left](const T* p) { return load_n(p, left); }, acc);
-#pragma GCC unroll 8
-    for (int i = 0; i < N; ++i) put.part(pixel + i, c0, acc[i]);
+    put_block<N, A>(put, pixel, c0, acc);
   }
 }
 
@@ -276,25 +328,38 @@ SEGFAST_INLINE void depthwise_run(const T* const* rows, int64_t x, int64_t c, co
   for (; p < count; ++p) depthwise_block<1, K, S>(rows, x + p * S * c, c, w, cp, ky0, ky1, pixel + p, put);
 }
 
+// Of the output pixels [ox0, ox1) of a row those whose taps all lie inside, horizontally; none where no kernel is for them.
+struct Inside {
+  int64_t first, last;
+  SEGFAST_INLINE Inside(const Geometry& g, int64_t ox0, int64_t ox1) : first(ox1), last(ox1) {
+    if (g.dh != 1 || g.dw != 1 || g.kh != g.kw || g.sh != g.sw || (g.kw != 3 && g.kw != 5) || (g.sw != 1 && g.sw != 2)) return;
+    first = (g.pw + g.sw - 1) / g.sw;
+    last = g.w - g.kw + g.pw < 0 ? 0 : (g.w - g.kw + g.pw) / g.sw + 1;
+    first = first < ox0 ? ox0 : (first > ox1 ? ox1 : first);
+    last = last < first ? first : (last > ox1 ? ox1 : last);
+  }
+};
+
+// The vertical taps [begin, end) of output row oy that lie inside, without dilation.
+struct TapsInside {
+  int64_t begin, end;
+  SEGFAST_INLINE TapsInside(const Geometry& g, int64_t oy) {
+    const int64_t iy = oy * g.sh - g.ph;
+    begin = iy < 0 ? (-iy < g.kh ? -iy : g.kh) : 0;
+    end = iy + g.kh > g.h ? (g.h - iy > begin ? g.h - iy : begin) : g.kh;
+  }
+};
+
 // Outputs [ox0, ox1) of row oy of image n of a depthwise convolution of x [n][h][w][c], put at rows `at`, `at` + 1, ...
 template <class T, class A, class P>
 SEGFAST_INLINE void depthwise_row(const Geometry& g, const T* x, const A* w, int64_t cp, int64_t n, int64_t oy, int64_t ox0,
                                   int64_t ox1, int64_t at, const P& put) {
   const int64_t row = g.w * g.c, iy = oy * g.sh - g.ph;
   const T* image = x + n * g.h * row;
-  int64_t first = ox1, last = ox1;  // the pixels whose taps all lie inside, horizontally
-  const bool fast =
-      g.dh == 1 && g.dw == 1 && g.kh == g.kw && g.sh == g.sw && (g.kw == 3 || g.kw == 5) && (g.sw == 1 || g.sw == 2);
-  if (fast) {
-    first = (g.pw + g.sw - 1) / g.sw;
-    last = g.w - g.kw + g.pw < 0 ? 0 : (g.w - g.kw + g.pw) / g.sw + 1;
-    first = first < ox0 ? ox0 : (first > ox1 ? ox1 : first);
-    last = last < first ? first : (last > ox1 ? ox1 : last);
-  }
+  const auto [first, last] = Inside(g, ox0, ox1);
   for (int64_t ox = ox0; ox < ox1; ++ox) {
     if (ox == first && last > first) {
-      const int64_t ky0 = iy < 0 ? (-iy < g.kh ? -iy : g.kh) : 0;
-      const int64_t ky1 = iy + g.kh > g.h ? (g.h - iy > ky0 ? g.h - iy : ky0) : g.kh;
+      const auto [ky0, ky1] = TapsInside(g, oy);
       const int64_t from = (ox * g.sw - g.pw) * g.c;
       const T* rows[8];
       for (int64_t ky = ky0; ky < ky1; ++ky) rows[ky] = image + (iy + ky) * row;

@@ -315,6 +315,14 @@ SEGFAST_INLINE void stream(float* p, Vec<float> v) {
   store(p, v);
 #endif
 }
+// As `stream` where `past`, which is for floats alone.
+template <class T>
+SEGFAST_INLINE void store_past(T* p, Vec<compute<T>> v, [[maybe_unused]] bool past) {
+  if constexpr (std::is_same_v<T, float>) {
+    if (past) return stream(p, v);
+  }
+  store(p, v);
+}
 SEGFAST_INLINE void fence() {
 #if SEGFAST_BYTES > 16
   _mm_sfence();
@@ -340,6 +348,20 @@ SEGFAST_INLINE void prefetch_l2([[maybe_unused]] const void* p) {
   __builtin_prefetch(p, 0, 2);
 #endif
 }
+
+// to[i] += v[i]
+SEGFAST_INLINE void add_wide(double* to, Vec<float> v) {
+#if SEGFAST_BYTES == 64
+  _mm512_storeu_pd(to, _mm512_loadu_pd(to) + _mm512_cvtps_pd(_mm512_castps512_ps256((__m512)v)));
+  _mm512_storeu_pd(to + 8, _mm512_loadu_pd(to + 8) + _mm512_cvtps_pd(_mm512_extractf32x8_ps((__m512)v, 1)));
+#elif SEGFAST_BYTES == 32
+  _mm256_storeu_pd(to, _mm256_loadu_pd(to) + _mm256_cvtps_pd(_mm256_castps256_ps128((__m256)v)));
+  _mm256_storeu_pd(to + 4, _mm256_loadu_pd(to + 4) + _mm256_cvtps_pd(_mm256_extractf128_ps((__m256)v, 1)));
+#else
+  for (int i = 0; i < lanes<float>; ++i) to[i] += lane<float>(v, i);
+#endif
+}
+SEGFAST_INLINE void add_wide(double* to, Vec<double> v) { store(to, load(to) + v); }
 
 template <class A>
 SEGFAST_INLINE A sum_lanes(Vec<A> v) {
