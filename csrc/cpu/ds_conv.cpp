@@ -223,31 +223,58 @@ SEGFAST_INLINE void with_act(int64_t act, F f) {
 }
 
 // f(Int<vectors>, c0, left) over the channels: groups of vectors, whose loads make runs that the hardware prefetches and whose
-// sums make chains that hide each other's latency, then single vectors with `left` lanes.
+// sums make chains that hide each other's latency, then what is left of one vector, `left` lanes.
 template <class A, class F>
 SEGFAST_INLINE void each_group(int64_t c, F f) {
   constexpr int L = lanes<A>, G = SEGFAST_BYTES == 64 ? 4 : 2;
   int64_t c0 = 0;
   for (; c0 + G * L <= c; c0 += G * L) f(Int<G>{}, c0, L);
-  for (; c0 < c; c0 += L) f(Int<1>{}, c0, static_cast<int>(c - c0 < L ? c - c0 : L));
+  const auto rest = [&](auto group) {
+    constexpr int N = decltype(group)::value;
+    if (N < G && c0 + N * L <= c) f(group, c0, L), c0 += N * L;
+  };
+  rest(Int<3>{}), rest(Int<2>{}), rest(Int<1>{});
+  if (c0 < c) f(Int<1>{}, c0, static_cast<int>(c - c0));
 }
 
-// v[p][c] = act(scale * u + shift) of one tile
+// The same over blocks of pixels [p0, p1): what belongs to the channels is loaded once a block.
+template <class A, class F>
+SEGFAST_INLINE void each_block(int64_t pixels, int64_t c, F f) {
+  for (int64_t p0 = 0; p0 < pixels; p0 += 32) {
+    const int64_t p1 = p0 + 32 < pixels ? p0 + 32 : pixels;
+    each_group<A>(c, [&](auto group, int64_t c0, int left) { f(group, p0, p1, c0, left); });
+  }
+}
+
+// N vectors from p on.
+template <int N, class A>
+struct Vectors {
+  Vec<A> v[N];
+  SEGFAST_INLINE explicit Vectors(const A* p) {
+#pragma GCC unroll 4
+    for (int j = 0; j < N; ++j) v[j] = load(p + j * lanes<A>);
+  }
+  SEGFAST_INLINE Vec<A> operator[](int j) const { return v[j]; }
+};
+
+// put(p, channel, act(scale * x + shift), left) for x [pixels][c]: pixel by pixel, as memory lies
+template <class T, class A, class P>
+SEGFAST_INLINE void normalise(const T* x, int64_t pixels, int64_t c, const A* scale, const A* shift, int64_t act, P put) {
+  constexpr int L = lanes<A>;
+  with_act(act, [&](auto act) {
+    for (int64_t p = 0; p < pixels; ++p, x += c) {
+      int64_t c0 = 0;
+      for (; c0 + L <= c; c0 += L) put(p, c0, activate<A>(load(x + c0) * load(scale + c0) + load(shift + c0), act), L);
+      const int left = static_cast<int>(c - c0);
+      if (left > 0) put(p, c0, activate<A>(load_n(x + c0, left) * load(scale + c0) + load(shift + c0), act), left);
+    }
+  });
+}
+// v[p][c], rows of cp: one tile
 template <class T, class A>
 SEGFAST_INLINE void normalise_tile(const T* u, int64_t pixels, int64_t c, int64_t cp, const A* scale, const A* shift, int64_t act,
                                    A* v) {
-  constexpr int L = lanes<A>;
-  with_act(act, [&](auto act) {
-    for (int64_t p = 0; p < pixels; ++p) {
-      int64_t c0 = 0;
-      for (; c0 + L <= c; c0 += L)
-        store(v + p * cp + c0, activate<A>(load(u + p * c + c0) * load(scale + c0) + load(shift + c0), act));
-      if (c0 < c) {
-        const Vec<A> at = load_n(u + p * c + c0, static_cast<int>(c - c0));
-        store(v + p * cp + c0, activate<A>(at * load(scale + c0) + load(shift + c0), act));
-      }
-    }
-  });
+  normalise(u, pixels, c, scale, shift, act, [&](int64_t p, int64_t at, Vec<A> x, int) { store(v + p * cp + at, x); });
 }
 
 // z = pointwise(act(bn(u))) + bias and its moments.
@@ -266,21 +293,10 @@ void train_pointwise(const DsConv<T, A>& o, int64_t begin, int64_t end, A* buffe
 
 template <class T, class A>
 void train_output(const DsConv<T, A>& o, int64_t begin, int64_t end) {
-  constexpr int L = lanes<A>;
   const int64_t k = o.g.k;
-  with_act(o.act2, [&](auto act) {
-    for (int64_t p = begin; p < end; ++p) {
-      int64_t c0 = 0;
-      for (; c0 + L <= k; c0 += L) {
-        store(o.y + p * k + c0, activate<A>(load(o.z + p * k + c0) * load(o.scale2 + c0) + load(o.shift2 + c0), act));
-      }
-      if (c0 < k) {
-        const int left = static_cast<int>(k - c0);
-        const Vec<A> v = load_n(o.z + p * k + c0, left) * load(o.scale2 + c0) + load(o.shift2 + c0);
-        store_n(o.y + p * k + c0, activate<A>(v, act), left);
-      }
-    }
-  });
+  T* y = o.y + begin * k;
+  normalise(o.z + begin * k, end - begin, k, o.scale2, o.shift2, o.act2,
+            [&](int64_t p, int64_t at, Vec<A> v, int left) { store_n(y + p * k + at, v, left); });
 }
 
 // Adds, per channel, sum g and sum g * (x - mean) over the pixels, for g = g_of(p, channel, x, left); x: [pixels][c]. In blocks
@@ -337,14 +353,21 @@ void backward_pointwise(const DsConv<T, A>& o, int64_t begin, int64_t end, A* bu
     const int64_t t1 = t0 + o.tile < end ? t0 + o.tile : end, pixels = t1 - t0;
     normalise_tile(o.u + t0 * c, pixels, c, o.cp, o.scale1, o.shift1, o.act1, v);
     with_act(o.act2, [&](auto act) {
-      for (int64_t p = 0; p < pixels; ++p) {
-        for (int64_t c0 = 0; c0 < k; c0 += L) {
-          const int left = static_cast<int>(k - c0 < L ? k - c0 : L);
-          const Vec<A> z = load_n(o.z + (t0 + p) * k + c0, left), scale = load(o.scale2 + c0);
-          const Vec<A> g = activate_grad<A>(z * scale + load(o.shift2 + c0), load_n(o.grad_y + (t0 + p) * k + c0, left), act);
-          store(gz + p * o.kp + c0, scale * (g - load(o.center2 + c0) - load(o.slope2 + c0) * (z - load(o.mean2 + c0))));
+      const T *z = o.z + t0 * k, *grad = o.grad_y + t0 * k;
+      each_block<A>(pixels, k, [&](auto group, int64_t p0, int64_t p1, int64_t c0, int left) {
+        constexpr int N = decltype(group)::value;
+        const Vectors<N, A> scale(o.scale2 + c0), shift(o.shift2 + c0), center(o.center2 + c0), slope(o.slope2 + c0),
+            mean(o.mean2 + c0);
+        for (int64_t p = p0; p < p1; ++p) {
+#pragma GCC unroll 4
+          for (int j = 0; j < N; ++j) {
+            const int64_t at = c0 + j * L;
+            const Vec<A> v = load_n(z + p * k + at, left);
+            const Vec<A> g = activate_grad<A>(v * scale[j] + shift[j], load_n(grad + p * k + at, left), act);
+            store(gz + p * o.kp + at, scale[j] * (g - center[j] - slope[j] * (v - mean[j])));
+          }
         }
-      }
+      });
     });
     // The next tile's: a share of z and of grad_y to each row of the weight's gradient, u to each pixel.
     const auto outputs = [&](int64_t i, int64_t count) {
@@ -370,46 +393,53 @@ void backward_pointwise(const DsConv<T, A>& o, int64_t begin, int64_t end, A* bu
   fence();
 }
 
-// grad_u = scale * (g1 - center - slope * (u - mean)) of `count` pixels.
+// grad_u = scale * (g1 - center - slope * (u - mean)) of one vector's channels.
+template <class A>
+struct NormBack {
+  Vec<A> scale, center, slope, mean;
+  template <class T>
+  SEGFAST_INLINE NormBack(const DsConv<T, A>& o, int64_t c0)
+      : scale(load(o.scale1 + c0)), center(load(o.center1 + c0)), slope(load(o.slope1 + c0)), mean(load(o.mean1 + c0)) {}
+  SEGFAST_INLINE Vec<A> operator()(Vec<A> g, Vec<A> u) const { return scale * (g - center - slope * (u - mean)); }
+};
+
+// The same of `count` pixels.
 template <class T, class A>
 SEGFAST_INLINE void normalise_back(const DsConv<T, A>& o, int64_t pixel, int64_t count, A* to) {
   constexpr int L = lanes<A>;
   const int64_t c = o.g.c;
-  const T *g = o.grad_u + pixel * c, *u = o.u + pixel * c;
-  for (int64_t p = 0; p < count; ++p, g += c, u += c, to += c) {
-    const auto value = [&](int64_t c0, Vec<A> gradient, Vec<A> at) {
-      return load(o.scale1 + c0) * (gradient - load(o.center1 + c0) - load(o.slope1 + c0) * (at - load(o.mean1 + c0)));
-    };
-    int64_t c0 = 0;
-    for (; c0 + L <= c; c0 += L) store(to + c0, value(c0, load(g + c0), load(u + c0)));
-    const int left = static_cast<int>(c - c0);
-    if (left > 0) store_n(to + c0, value(c0, load_n(g + c0, left), load_n(u + c0, left)), left);
+  for (int64_t c0 = 0; c0 < c; c0 += L) {
+    const int left = static_cast<int>(c - c0 < L ? c - c0 : L);
+    const NormBack<A> value(o, c0);
+    for (int64_t p = 0; p < count; ++p) {
+      const int64_t at = (pixel + p) * c + c0;
+      store_n(to + p * c + c0, value(load_n(o.grad_u + at, left), load_n(o.u + at, left)), left);
+    }
   }
 }
 
-// What the next row of pixels begins with: g1 and u, from the pixel at hand on, and x, a row of its own further.
-template <class T>
-struct Ahead {
-  const T *g, *u;
-  int64_t row;
-};
-
-// Adds the products of N pixels' gradients v [N][c] with what lies under the kernel: K taps wide, S columns a pixel, vertical
-// taps [ky0, ky1), of which rows[ky] + x is the first pixel. A vector beyond v's end may be read.
+// grad_u of N pixels from `pixel` on, to v [N][c], and its products with what lies under the kernel, added to grad_dw: K taps
+// wide, S columns a pixel, vertical taps [ky0, ky1), of which rows[ky] + x is the first pixel. Asks for the same pixels of the
+// next row.
 template <int N, int K, int S, class T, class A>
-SEGFAST_NOINLINE void weight_block(const A* v, const T* const* rows, int64_t x, int64_t c, int64_t ky0, int64_t ky1, A* grad_dw,
-                                   int64_t cp, const Ahead<T> ahead) {
+SEGFAST_NOINLINE void weight_block(const DsConv<T, A>& o, int64_t pixel, const T* const* rows, int64_t x, int64_t ky0,
+                                   int64_t ky1, A* v, A* grad_dw) {
   constexpr int L = lanes<A>;
-  const auto taps = [&](int64_t c0, auto read) {
+  const int64_t c = o.g.c, cp = o.cp, row = o.g.w * c, next = o.g.ow * c;
+  const T *g1 = o.grad_u + pixel * c, *u = o.u + pixel * c;
+  const auto taps = [&](int64_t c0, auto read, auto write) {
+    const NormBack<A> value(o, c0);
     Vec<A> g[N];
 #pragma GCC unroll 8
     for (int i = 0; i < N; ++i) {
-      prefetch_l2(ahead.g + i * c + c0), prefetch_l2(ahead.u + i * c + c0);
-      g[i] = load(v + i * c + c0);
+      const int64_t at = i * c + c0;
+      prefetch_l2(g1 + next + at), prefetch_l2(u + next + at);
+      g[i] = value(read(g1 + at), read(u + at));
+      write(v + at, g[i]);
     }
     for (int64_t ky = ky0; ky < ky1; ++ky) {
       const T* from = rows[ky] + x + c0;
-      if (ky + 1 == ky1) rows_ahead<N, S>(from, ahead.row, c);
+      if (ky + 1 == ky1) rows_ahead<N, S>(from, row, c);
       Vec<A> acc[K] = {};
 #pragma GCC unroll 32
       for (int column = 0; column < (N - 1) * S + K; ++column) {
@@ -427,49 +457,47 @@ SEGFAST_NOINLINE void weight_block(const A* v, const T* const* rows, int64_t x, 
     }
   };
   int64_t c0 = 0;
-  for (; c0 + L <= c; c0 += L) taps(c0, [](const T* p) { return load(p); });
+  for (; c0 + L <= c; c0 += L) taps(c0, [](const T* p) { return load(p); }, [](A* p, Vec<A> x) { store(p, x); });
   const int left = static_cast<int>(c - c0);
-  if (left > 0) taps(c0, [left](const T* p) { return load_n(p, left); });
+  if (left > 0) taps(c0, [left](const T* p) { return load_n(p, left); }, [left](A* p, Vec<A> x) { store_n(p, x, left); });
 }
 
 template <int K, int S, class T, class A>
-SEGFAST_INLINE void weight_run(const A* v, const T* const* rows, int64_t x, int64_t c, int64_t ky0, int64_t ky1, int64_t count,
-                               A* grad_dw, int64_t cp, const Ahead<T>& ahead) {
-  constexpr int N = SEGFAST_BYTES == 64 ? 8 : 4;
+SEGFAST_INLINE void weight_run(const DsConv<T, A>& o, int64_t pixel, const T* const* rows, int64_t x, int64_t ky0, int64_t ky1,
+                               int64_t count, A* v, A* grad_dw) {
+  const int64_t c = o.g.c;
   int64_t p = 0;
   const auto blocks = [&](auto n) {
     constexpr int N = decltype(n)::value;
-    for (; p + N <= count; p += N) {
-      weight_block<N, K, S>(v + p * c, rows, x + p * S * c, c, ky0, ky1, grad_dw, cp,
-                            Ahead<T>{ahead.g + p * c, ahead.u + p * c, ahead.row});
-    }
+    for (; p + N <= count; p += N) weight_block<N, K, S>(o, pixel + p, rows, x + p * S * c, ky0, ky1, v + p * c, grad_dw);
   };
-  blocks(Int<N>{}), blocks(Int<1>{});
+  blocks(Int<SEGFAST_BYTES == 64 ? 8 : 4>{});
+  blocks(Int<1>{});
 }
 
-// The depthwise weight's gradient [kh * kw][cp]: what one row of pixels, of gradients v [ow][c], adds to it.
+// One row of output pixels: grad_u to v [ow][c], and what it adds to the depthwise weight's gradient [kh * kw][cp].
 template <class T, class A>
-void weight_row(const DsConv<T, A>& o, int64_t n, int64_t oy, const A* v, A* grad_dw) {
+void weight_row(const DsConv<T, A>& o, int64_t n, int64_t oy, A* v, A* grad_dw) {
   constexpr int L = lanes<A>;
   const Geometry& g = o.g;
   const T* image = o.x + n * g.h * g.w * g.c;
-  const int64_t iy = oy * g.sh - g.ph;
+  const int64_t iy = oy * g.sh - g.ph, pixel = (n * g.oh + oy) * g.ow;
   const auto [first, last] = Inside(g, 0, g.ow);
   for (int64_t ox = 0; ox < g.ow; ++ox) {
-    const A* at = v + ox * g.c;
+    A* at = v + ox * g.c;
     if (ox == first && last > first) {
       const auto [ky0, ky1] = TapsInside(g, oy);
       const T* rows[8];
       for (int64_t ky = ky0; ky < ky1; ++ky) rows[ky] = image + (iy + ky) * g.w * g.c;
-      const int64_t from = (ox * g.sw - g.pw) * g.c, count = last - first, next = ((n * g.oh + oy + 1) * g.ow + ox) * g.c;
-      const Ahead<T> ahead{o.grad_u + next, o.u + next, g.w * g.c};
-      if (g.kw == 3 && g.sw == 1) weight_run<3, 1>(at, rows, from, g.c, ky0, ky1, count, grad_dw, o.cp, ahead);
-      if (g.kw == 3 && g.sw == 2) weight_run<3, 2>(at, rows, from, g.c, ky0, ky1, count, grad_dw, o.cp, ahead);
-      if (g.kw == 5 && g.sw == 1) weight_run<5, 1>(at, rows, from, g.c, ky0, ky1, count, grad_dw, o.cp, ahead);
-      if (g.kw == 5 && g.sw == 2) weight_run<5, 2>(at, rows, from, g.c, ky0, ky1, count, grad_dw, o.cp, ahead);
+      const int64_t from = (ox * g.sw - g.pw) * g.c, count = last - first;
+      if (g.kw == 3 && g.sw == 1) weight_run<3, 1>(o, pixel + ox, rows, from, ky0, ky1, count, at, grad_dw);
+      if (g.kw == 3 && g.sw == 2) weight_run<3, 2>(o, pixel + ox, rows, from, ky0, ky1, count, at, grad_dw);
+      if (g.kw == 5 && g.sw == 1) weight_run<5, 1>(o, pixel + ox, rows, from, ky0, ky1, count, at, grad_dw);
+      if (g.kw == 5 && g.sw == 2) weight_run<5, 2>(o, pixel + ox, rows, from, ky0, ky1, count, at, grad_dw);
       ox = last - 1;
       continue;
     }
+    normalise_back(o, pixel + ox, 1, at);
     for (int64_t ky = 0; ky < g.kh; ++ky) {
       const int64_t y = iy + ky * g.dh;
       for (int64_t kx = 0; kx < g.kw && y >= 0 && y < g.h; ++kx) {
@@ -479,7 +507,7 @@ void weight_row(const DsConv<T, A>& o, int64_t n, int64_t oy, const A* v, A* gra
         A* out = grad_dw + (ky * g.kw + kx) * o.cp;
         for (int64_t c0 = 0; c0 < g.c; c0 += L) {
           const int left = static_cast<int>(g.c - c0 < L ? g.c - c0 : L);
-          store(out + c0, load(out + c0) + load(at + c0) * load_n(from + c0, left));
+          store(out + c0, load(out + c0) + load_n(at + c0, left) * load_n(from + c0, left));
         }
       }
     }
@@ -594,7 +622,6 @@ void backward_depthwise(const DsConv<T, A>& o, int64_t begin, int64_t end, A* ri
       }
     }
     A* const v = o.ringed() ? at(oy) : ring;
-    normalise_back(o, r * g.ow, g.ow, v);
     weight_row(o, n, oy, v, grad_dw);
     if (!o.grad_x) continue;
     if (o.ringed()) {
