@@ -100,7 +100,19 @@ void pack(const T* w, int64_t cols, int64_t depth, int64_t col_step, int64_t d_s
     const int64_t width = padded - col >= V * L ? V * L : L;
     A* panel = out + col * depth;
     const int64_t inside = cols - col < width ? (cols > col ? cols - col : 0) : width;
-    for (int64_t d = 0; d < depth; ++d) {
+    int64_t packed = 0;  // of the depth, in blocks of vectors
+    if constexpr (std::is_same_v<A, float>) {
+      for (; d_step == 1 && inside == width && packed + L <= depth; packed += L) {
+        for (int64_t j = 0; j < width; j += L) {
+          Vec<A> block[L];
+          for (int i = 0; i < L; ++i) block[i] = load(w + (col + j + i) * col_step + packed);
+          transpose<A>(block);
+          const Vec<A> factor = scale ? load(scale + col + j) : splat<A>(1);
+          for (int i = 0; i < L; ++i) store(panel + (packed + i) * width + j, block[i] * factor);
+        }
+      }
+    }
+    for (int64_t d = packed; d < depth; ++d) {
       const T* from = w + col * col_step + d * d_step;
       for (int64_t j = 0; j < width; ++j) {
         panel[d * width + j] = j < inside ? widen(from[j * col_step]) * (scale ? scale[col + j] : A(1)) : A(0);
@@ -681,7 +693,7 @@ constexpr int64_t kChunks = 32;  // of a reduction, at most
 std::vector<double> read(const Optional& t, int64_t n, double missing) {
   std::vector<double> out(n, missing);
   if (!t) return out;
-  const Tensor c = torch::stable::contiguous(*t);
+  const Tensor c = contiguous_as(*t, false);
   dispatch_float("ds_conv", c.scalar_type(), [&](auto zero) {
     const auto* p = data<decltype(zero)>(c);
     for (int64_t i = 0; i < n; ++i) out[i] = static_cast<double>(p[i]);
@@ -736,16 +748,19 @@ template <class A>
 struct Fold {
   Buffer<A> scale, shift, mean;
   std::vector<double> gamma, inverse;
-  Fold(const Optional& m, const Optional& var, const Optional& weight, const Optional& bias, double eps, int64_t c)
-      : scale(padded(c)), shift(padded(c)), mean(padded(c)), gamma(read(weight, c, 1)), inverse(read(var, c, 1 - eps)) {
-    const auto mu = read(m, c, 0), beta = read(bias, c, 0);
+  Fold(const std::vector<double>& m, const std::vector<double>& var, const Optional& weight, const Optional& bias, double eps,
+       int64_t c)
+      : scale(padded(c)), shift(padded(c)), mean(padded(c)), gamma(read(weight, c, 1)), inverse(c) {
+    const auto beta = read(bias, c, 0);
     for (int64_t i = 0; i < c; ++i) {
-      inverse[i] = 1 / std::sqrt(inverse[i] + eps);
+      inverse[i] = 1 / std::sqrt(var[i] + eps);
       scale.p[i] = static_cast<A>(gamma[i] * inverse[i]);
-      shift.p[i] = static_cast<A>(beta[i] - mu[i] * gamma[i] * inverse[i]);
-      mean.p[i] = static_cast<A>(mu[i]);
+      shift.p[i] = static_cast<A>(beta[i] - m[i] * gamma[i] * inverse[i]);
+      mean.p[i] = static_cast<A>(m[i]);
     }
   }
+  Fold(const Optional& m, const Optional& var, const Optional& weight, const Optional& bias, double eps, int64_t c)
+      : Fold(read(m, c, 0), read(var, c, 1 - eps), weight, bias, eps, c) {}
 };
 
 // Depthwise weight [C,1,kh,kw] -> [kh * kw][padded C], times scale.
@@ -827,7 +842,7 @@ Tensor ds_conv_cpu(const Tensor& input, const Tensor& dw_weight, Optional dw_bia
       for (int64_t i = 0; i < g.c; ++i) first.shift.p[i] += static_cast<A>(bias1[i]) * first.scale.p[i];
       for (int64_t i = 0; i < g.k; ++i) second.shift.p[i] += static_cast<A>(bias2[i]) * second.scale.p[i];
       const Buffer<A> dw = depthwise_weight<A>(dw_weight, g, first.scale.p), panels(o.kp * g.c, false);
-      const Tensor w = torch::stable::contiguous(pw_weight);
+      const Tensor w = contiguous_as(pw_weight, false);
       DS_CONV_CALL(pack<T, A>)(data<T>(w), g.k, g.c, g.c, 1, second.scale.p, panels.p);
       o.x = data<T>(x), o.y = data<T>(y), o.dw = dw.p, o.dw_shift = first.shift.p, o.pw = panels.p, o.pw_shift = second.shift.p;
       o.act1 = dw_act, o.act2 = act, o.tile = tile_pixels(o.cp * sizeof(A));
@@ -911,9 +926,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ds_conv_train
     });
     if (own1) combine(moments1, by_rows, g.c, o.cp, mean1, var1);
 
-    const Fold<A> first(vector_tensor(mean1, x, ScalarType::Double), vector_tensor(var1, x, ScalarType::Double), dw_gamma,
-                        dw_beta, dw_eps, g.c);
-    const Tensor w = torch::stable::contiguous(pw_weight);
+    const Fold<A> first(mean1, var1, dw_gamma, dw_beta, dw_eps, g.c);
+    const Tensor w = contiguous_as(pw_weight, false);
     DS_CONV_CALL(pack<T, A>)(data<T>(w), g.k, g.c, g.c, 1, static_cast<const A*>(nullptr), panels.p);
     o.scale1 = first.scale.p, o.shift1 = first.shift.p, o.pw = panels.p, o.pw_shift = bias2.p;
     const Buffer<double> moments2(own2 ? by_blocks.number * 2 * o.kp : 0);
@@ -924,8 +938,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ds_conv_train
     });
     if (own2) combine(moments2, by_blocks, g.k, o.kp, mean2, var2);
 
-    const Fold<A> second(vector_tensor(mean2, x, ScalarType::Double), vector_tensor(var2, x, ScalarType::Double), pw_gamma,
-                         pw_beta, pw_eps, g.k);
+    const Fold<A> second(mean2, var2, pw_gamma, pw_beta, pw_eps, g.k);
     o.scale2 = second.scale.p, o.shift2 = second.shift.p;
     parallel_for(0, pixels, 256, [&](int64_t begin, int64_t end) { DS_CONV_CALL(train_output<T, A>)(o, begin, end); });
   });
@@ -1006,7 +1019,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
     const NormGradients<A> norm2(sums2, by_blocks.number, second, g.k, o.kp, count, pw_batch);
     o.center2 = norm2.center.p, o.slope2 = norm2.slope.p;
 
-    const Tensor w = torch::stable::contiguous(pw_weight);
+    const Tensor w = contiguous_as(pw_weight, false);
     const Buffer<A> panels(o.cp * g.k, false), partial_pw(by_blocks.number * g.k * o.cp, false);
     DS_CONV_CALL(pack<T, A>)(data<T>(w), g.c, g.k, 1, g.c, static_cast<const A*>(nullptr), panels.p);
     o.pw_back = panels.p;

@@ -216,7 +216,10 @@ class DsConv(torch.autograd.Function):
         grads = [grad_x, dw, dw_bias, g1, b1, pw, pw_bias, g2, b2]
         likes = [x, dw_weight, x, dw_gamma, dw_beta, pw_weight, x, pw_gamma, pw_beta]
         wanted = ctx.needs_input_grad[:9]
-        return *(g.to(like.dtype) if need else None for g, like, need in zip(grads, likes, wanted)), None, None, None
+        cast = [
+            (g if g.dtype == like.dtype else g.to(like.dtype)) if need else None for g, like, need in zip(grads, likes, wanted)
+        ]
+        return *cast, None, None, None
 
 
 def ds_conv(
@@ -298,9 +301,9 @@ def ds_conv(
         x, dw_weight, dw_bias, one.weight, one.bias, pw_weight, pw_bias, two.weight, two.bias, *norms, options
     )
     count = y.shape[0] * y.shape[2] * y.shape[3]
-    for bn, use_batch, train, mean, var in zip((dw_bn, pw_bn), batch, training, statistics[::2], statistics[1::2]):
-        if use_batch and train and bn.running_mean is not None and count:  # of no values: left alone, as F.batch_norm does
-            with torch.no_grad():
+    with torch.no_grad():
+        for bn, use_batch, train, mean, var in zip((dw_bn, pw_bn), batch, training, statistics[::2], statistics[1::2]):
+            if use_batch and train and bn.running_mean is not None and count:  # of no values: left alone, as F.batch_norm does
                 bn.running_mean.lerp_(mean.to(bn.running_mean.dtype), bn.momentum)
                 bn.running_var.lerp_((var * (count / (count - 1))).to(bn.running_var.dtype), bn.momentum)
     return y
