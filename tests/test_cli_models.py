@@ -99,6 +99,15 @@ def test_bench(tmp_path):
     assert "holds measurements of" in result.output
 
 
+def test_bench_compiles_any_number_of_networks(monkeypatch):
+    # they share their forward, of which PyTorch keeps eight compiled versions; the ninth raised. Here the second would.
+    compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda model, **_: compile(model, fullgraph=True, backend="eager"))
+    with torch._dynamo.config.patch(recompile_limit=1):
+        for name in ("contextnet18", "fast_scnn"):
+            assert set(bench.prepare(name, (64, 96), ["compiled"]).runs) == {"compiled"}
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [

@@ -178,6 +178,7 @@ def prepare(name: str, size: tuple[int, int], ways: Sequence[str] = tuple(WAYS))
         model.load_state_dict(state)
         model = model.to(memory_format=layout)
         if compiled:
+            torch.compiler.reset()  # the networks share their forward, and one function is compiled for eight of them at most
             model = torch.compile(model, fullgraph=True, options={"freezing": True})
         runs[way] = timed(model, images.to(memory_format=layout), contextlib.nullcontext if fused else references)
         runs[way]()
