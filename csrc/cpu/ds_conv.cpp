@@ -168,12 +168,8 @@ struct PutMoments : Put<T, A> {
     for (int i = 0; i < N; ++i) {
       T* to = this->to + (first + i) * this->ld + col;
       stored[i] = v[i] + load(this->shift + col);
-      if (past) {
-        store_past(to, stored[i], true);
-      } else {
-        prefetch_to(to + 2 * N * this->ld);
-        store_n(to, stored[i], left);
-      }
+      if (!past) prefetch_to(to + 2 * N * this->ld);
+      store_past(to, stored[i], left, past);
       if constexpr (!std::is_same_v<T, A>) stored[i] = load_n(to, left);
     }
 #pragma GCC unroll 16
@@ -393,11 +389,7 @@ void backward_pointwise(const DsConv<T, A>& o, int64_t begin, int64_t end, A* bu
       T* grad_u = o.grad_u + t0 * c;
       add_sums<T, A>(o.u + t0 * c, pixels, c, o.mean1, sums, o.cp, [&](int64_t p, int64_t c0, Vec<A> u, int left) {
         const Vec<A> g = activate_grad<A>(u * load(o.scale1 + c0) + load(o.shift1 + c0), load(gv + p * o.cp + c0), act);
-        if (o.past_g) {
-          store_past(grad_u + p * c + c0, g, true);
-        } else {
-          store_n(grad_u + p * c + c0, g, left);
-        }
+        store_past(grad_u + p * c + c0, g, left, o.past_g);
         return g;
       });
     });

@@ -97,14 +97,11 @@ struct PutFar : Put<T, A> {
   bool past;
   template <int N>
   SEGFAST_INLINE void block(int64_t first, int64_t col, const Vec<A> (&v)[N]) const {
+    const int64_t left = this->cols - col;
 #pragma GCC unroll 16
     for (int i = 0; i < N; ++i) {
-      if (past) {
-        store_past(this->to + (first + i) * this->ld + col, this->value(col, v[i]), true);
-      } else {
-        this->soon(first + 2 * N + i, col);
-        this->part(first + i, col, v[i]);
-      }
+      if (!past) this->soon(first + 2 * N + i, col);
+      store_past(this->to + (first + i) * this->ld + col, this->value(col, v[i]), static_cast<int>(left), past);
     }
   }
 };

@@ -315,18 +315,19 @@ SEGFAST_INLINE void stream(float* p, Vec<float> v) {
   store(p, v);
 #endif
 }
-// As `stream` where `past`, which is for floats alone.
-template <class T>
-SEGFAST_INLINE void store_past(T* p, Vec<compute<T>> v, [[maybe_unused]] bool past) {
-  if constexpr (std::is_same_v<T, float>) {
-    if (past) return stream(p, v);
-  }
-  store(p, v);
-}
 SEGFAST_INLINE void fence() {
 #if SEGFAST_BYTES > 16
   _mm_sfence();
 #endif
+}
+
+// The first n lanes only; where `past`, which is for whole vectors of floats alone, as `stream`.
+template <class T>
+SEGFAST_INLINE void store_past(T* p, Vec<compute<T>> v, int n, [[maybe_unused]] bool past) {
+  if constexpr (std::is_same_v<T, float>) {
+    if (past) return stream(p, v);
+  }
+  store_n(p, v, n);
 }
 
 // May name any address.
