@@ -150,6 +150,7 @@ void ds_conv_tiles(const DsConv<T, A>& o, int64_t begin, int64_t end, A* buffer)
 // number.
 template <class T, class A>
 struct PutMoments : Put<T, A> {
+  static constexpr bool once = true;
   bool past;
   A *center, *square;  // [cols], padded to vectors; row 0 sets them
   double* sum;

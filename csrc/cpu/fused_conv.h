@@ -79,9 +79,10 @@ struct Put {
   int64_t ld, cols;
   const A* shift;
   int64_t act;
+  A low = low_of<A>(act), high = high_of<A>(act);
   SEGFAST_INLINE Vec<A> value(int64_t col, Vec<A> v) const {
     v += load(shift + col);
-    if constexpr (Clamp) return clamp<A>(v, splat(low_of<A>(act)), splat(high_of<A>(act)));
+    if constexpr (Clamp) return clamp<A>(v, splat(low), splat(high));
     return activate<A>(v, act);
   }
   SEGFAST_INLINE void soon(int64_t i, int64_t col) const { prefetch_to(to + i * ld + col); }
@@ -106,17 +107,21 @@ struct PutFar : Put<T, A> {
   }
 };
 
-// N rows from `first` on of one vector of columns, to a put that has a `block` for them or one by one.
+// Whether a row may be put but once: where it is added to what may be in its place, or counted.
+template <class P>
+constexpr bool once() {
+  if constexpr (requires { P::once; }) return P::once;
+  return false;
+}
+
+// N rows from `first` on of one whole vector of columns, to a put that has a `block` for them or one by one.
 template <int N, class A, class P>
 SEGFAST_INLINE void put_block(const P& put, int64_t first, int64_t col, const Vec<A> (&v)[N]) {
   if constexpr (requires { put.block(first, col, v); }) {
     put.block(first, col, v);
-  } else if (col + lanes<A> <= put.cols) {
-#pragma GCC unroll 16
-    for (int i = 0; i < N; ++i) put(first + i, col, v[i]);
   } else {
 #pragma GCC unroll 16
-    for (int i = 0; i < N; ++i) put.part(first + i, col, v[i]);
+    for (int i = 0; i < N; ++i) put(first + i, col, v[i]);
   }
 }
 
@@ -180,7 +185,8 @@ SEGFAST_NOINLINE void micro(int64_t depth, const A* __restrict a, int64_t row, i
                             int64_t b_step, int64_t first, int64_t col, const P put) {
   constexpr int L = lanes<A>;
   Vec<A> acc[M][V] = {};
-  all_soon<M, V, A>(put, first, col);
+  all_soon<M, V, A>(put, first + M, col);
+#pragma GCC unroll 4
   for (int64_t d = 0; d < depth; ++d) {
     Vec<A> bv[V];
 #pragma GCC unroll 8
@@ -272,57 +278,107 @@ SEGFAST_INLINE void rows_ahead(const T* from, int64_t row, int64_t c) {
   }
 }
 
-// N interior pixels of one row from `pixel` on and all their channels: K taps wide, stride S, no dilation, vertical taps
-// [ky0, ky1), of which rows[ky] + x is the first pixel under the kernel.
+// Blocks of N of the `count` interior pixels of one row from `pixel` on: K taps wide, stride S, no dilation, vertical taps
+// [ky0, ky1), of which rows[ky] + x is the first pixel under the kernel. Returns how many pixels it did.
 template <int N, int K, int S, class T, class A, class P>
-SEGFAST_NOINLINE void depthwise_block(const T* const* rows, int64_t x, int64_t c, const A* w, int64_t cp, int64_t ky0,
-                                      int64_t ky1, int64_t pixel, const P put) {
+SEGFAST_NOINLINE int64_t depthwise_blocks(const T* const* rows, int64_t x, int64_t c, const A* w, int64_t cp, int64_t ky0,
+                                          int64_t ky1, int64_t count, int64_t pixel, const P put) {
   constexpr int L = lanes<A>;
-  const auto taps = [&](int64_t c0, auto read, Vec<A>(&acc)[N]) {
-    for (int64_t ky = ky0; ky < ky1; ++ky) {
-      const T* from = rows[ky] + x + c0;
-      if (ky + 1 == ky1) {  // what is new of the rows, two blocks or a row ahead: the hardware does not follow these strides
-        if constexpr (requires { put.row; }) {
-          rows_ahead<N, S>(from, put.row, c);
-        } else {
-#pragma GCC unroll 16
-          for (int i = 0; i < N * S; ++i) prefetch(from + (2 * N * S + K - S + i) * c);
-        }
-      }
+  constexpr bool Unrolled = SEGFAST_BYTES > 16 && N == 8 && K == 3;  // else not worth its code
+  const bool all = Unrolled && ky0 == 0 && ky1 == K;
+  const T* from[K];
+  for (int64_t ky = ky0; ky < ky1; ++ky) from[ky] = rows[ky] + x;
+  const int64_t whole = c < put.cols ? c : put.cols;
+  int64_t p = 0;
+  for (; p + N <= count; p += N) {
+    const auto row = [&](int64_t ky, int64_t c0, auto read, Vec<A>(&acc)[N]) {
       Vec<A> wv[K];
 #pragma GCC unroll 8
       for (int kx = 0; kx < K; ++kx) wv[kx] = load(w + (ky * K + kx) * cp + c0);
+      const T* at = from[ky] + c0;
 #pragma GCC unroll 32
       for (int column = 0; column < (N - 1) * S + K; ++column) {
-        const Vec<A> v = in_register(read(from + column * c));
+        const Vec<A> v = in_register(read(at + column * c));
 #pragma GCC unroll 8
         for (int kx = 0; kx < K; ++kx) {
           if (column >= kx && (column - kx) % S == 0 && (column - kx) / S < N) acc[(column - kx) / S] += v * wv[kx];
         }
       }
+    };
+    int64_t c0 = 0;
+    for (; c0 + L <= whole; c0 += L) {
+      Vec<A> acc[N] = {};
+      const auto read = [](const T* p) { return load(p); };
+      if (all) {
+#pragma GCC unroll 8
+        for (int ky = 0; ky < (Unrolled ? K : 0); ++ky) row(ky, c0, read, acc);
+      } else {
+#pragma GCC unroll 1
+        for (int64_t ky = ky0; ky < ky1; ++ky) row(ky, c0, read, acc);
+      }
+      // what is new of the rows, two blocks or a row ahead: the hardware does not follow these strides
+      if (ky0 < ky1) {
+        const T* last = from[ky1 - 1] + c0;
+        if constexpr (requires { put.row; }) {
+          rows_ahead<N, S>(last, put.row, c);
+        } else if (c0 * sizeof(T) % 64 == 0) {
+#pragma GCC unroll 1
+          for (int i = 0; i < N * S; ++i) prefetch(last + (2 * N * S + K - S + i) * c);
+        }
+      }
+      put_block<N, A>(put, pixel + p, c0, acc);
     }
-  };
-  int64_t c0 = 0;
-  for (; c0 + L <= c; c0 += L) {
-    Vec<A> acc[N] = {};
-    taps(c0, [](const T* p) { return load(p); }, acc);
-    put_block<N, A>(put, pixel, c0, acc);
+    for (; c0 < c; c0 += L) {
+      Vec<A> acc[N] = {};
+      const int left = static_cast<int>(c - c0);
+#pragma GCC unroll 1
+      for (int64_t ky = ky0; ky < ky1; ++ky) row(ky, c0, [left](const T* p) { return load_n(p, left); }, acc);
+      if constexpr (requires { put.block(pixel, c0, acc); }) {
+        put.block(pixel + p, c0, acc);
+      } else {
+#pragma GCC unroll 1
+        for (int i = 0; i < N; ++i) put.part(pixel + p + i, c0, acc[i]);
+      }
+    }
+    for (int64_t ky = ky0; ky < ky1; ++ky) from[ky] += N * S * c;
   }
-  if (c0 < c) {
-    Vec<A> acc[N] = {};
-    const int left = static_cast<int>(c - c0);
-    taps(c0, [left](const T* p) { return load_n(p, left); }, acc);
-    put_block<N, A>(put, pixel, c0, acc);
+  return p;
+}
+
+// The same one by one.
+template <class T, class A, class P>
+SEGFAST_NOINLINE void depthwise_pixels(const T* const* rows, int64_t x, int64_t c, const A* w, int64_t cp, int64_t k, int64_t s,
+                                       int64_t ky0, int64_t ky1, int64_t count, int64_t pixel, const P put) {
+  for (int64_t p = 0; p < count; ++p, x += s * c) {
+    const T* from[64];
+    const A* weight[64];
+    int taps = 0;
+    for (int64_t ky = ky0; ky < ky1; ++ky) {
+      for (int64_t kx = 0; kx < k; ++kx) {
+        from[taps] = rows[ky] + x + kx * c;
+        weight[taps++] = w + (ky * k + kx) * cp;
+      }
+    }
+    depthwise_pixel(taps, from, weight, pixel + p, put);
   }
 }
 
 template <int K, int S, class T, class A, class P>
 SEGFAST_INLINE void depthwise_run(const T* const* rows, int64_t x, int64_t c, const A* w, int64_t cp, int64_t ky0, int64_t ky1,
                                   int64_t count, int64_t pixel, const P& put) {
-  constexpr int N = SEGFAST_BYTES == 64 ? 8 : 4;
+  constexpr int N = 8;
   int64_t p = 0;
-  for (; p + N <= count; p += N) depthwise_block<N, K, S>(rows, x + p * S * c, c, w, cp, ky0, ky1, pixel + p, put);
-  for (; p < count; ++p) depthwise_block<1, K, S>(rows, x + p * S * c, c, w, cp, ky0, ky1, pixel + p, put);
+  const auto blocks = [&](auto n) {
+    constexpr int M = decltype(n)::value;
+    p += depthwise_blocks<M, K, S>(rows, x + p * S * c, c, w, cp, ky0, ky1, count - p, pixel + p, put);
+  };
+  blocks(Int<N>{});
+  if constexpr (once<P>()) {
+    blocks(Int<4>{});
+  } else if (p < count && count > N) {  // some pixels again, to end with a whole block
+    p = count - N, blocks(Int<N>{});
+  }
+  if (p < count) depthwise_pixels(rows, x + p * S * c, c, w, cp, K, S, ky0, ky1, count - p, pixel + p, put);
 }
 
 // Of the output pixels [ox0, ox1) of a row those whose taps all lie inside, horizontally; none where no kernel is for them.

@@ -71,8 +71,8 @@ struct Out {
   const float* shift;
   int64_t act;
   float low, high;
-  const T* more;
-  static constexpr bool clamps = Clamp;
+  const T* more;  // it may lie where the results go
+  static constexpr bool clamps = Clamp, once = Add;
   SEGFAST_INLINE Vec<float> value(Vec<float> v) const {
     if constexpr (Clamp) return clamp<float>(v, splat(low), splat(high));
     return activate<float>(v, act);

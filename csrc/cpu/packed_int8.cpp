@@ -54,9 +54,9 @@ struct Bytes {
   const float* scale;
   float low, high;
   int32_t zero;
-  const uint8_t* more;
+  const uint8_t* more;  // it may lie where the results go
   float more_zero, more_scale;
-  static constexpr bool clamps = true;
+  static constexpr bool clamps = true, once = Add;
   SEGFAST_INLINE I32 value(int64_t col, I32 sum, [[maybe_unused]] Vec<float> more_value) const {
     Vec<float> v = to_float(sum) * load(scale + col);
     if constexpr (Add) v = in_register(v) + in_register((more_value - more_zero) * more_scale);

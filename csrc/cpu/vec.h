@@ -46,7 +46,7 @@ using Vec = typename VecOf<A>::type;
 
 template <class A>
 SEGFAST_INLINE Vec<A> splat(A a) {
-  return Vec<A>{} + a;
+  return a - Vec<A>{};  // nothing to compute: + would make 0 of -0
 }
 
 // NaN stays NaN, which x86's own maximum gives if v is its second operand.

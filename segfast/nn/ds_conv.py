@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from segfast import _backend, ops
 from segfast.nn.convolution import pair, require, same_padding
+from segfast.ops.ds_conv import infer
 
 ACTIVATIONS = {nn.Identity: None, nn.ReLU: "relu", nn.ReLU6: "relu6", nn.SiLU: "silu", nn.Hardswish: "hardswish"}
 _MODULES = {name: kind for kind, name in ACTIVATIONS.items()}
@@ -85,20 +87,29 @@ class DSConv(nn.Module):
         if not (isinstance(x, Tensor) and _backend.has_kernel("ds_conv", x) and fuses(self.conv)):
             return self.conv(x)
         dw, dw_bn, dw_act, pw, pw_bn, act = self.conv._modules.values()
+        # where the attributes come from, which ask a module's __getattr__ each
+        one, two = dw._parameters, pw._parameters
+        weights, biases = (one["weight"], two["weight"]), (one["bias"], two["bias"])
+        norms = batch_norm(dw_bn), batch_norm(pw_bn)
+        geometry, activations = (dw.stride, dw.padding, dw.dilation), (ACTIVATIONS[type(dw_act)], ACTIVATIONS[type(act)])
+        training = dw_bn.training, pw_bn.training
+        if not any(training) and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            y = infer(x, *weights, *biases, *norms, *geometry, *activations)
+            if y is not None:
+                return y
         y = ops.ds_conv(
             x,
-            dw.weight,
-            pw.weight,
-            dw_bias=dw.bias,
-            pw_bias=pw.bias,
-            dw_bn=batch_norm(dw_bn),
-            pw_bn=batch_norm(pw_bn),
-            stride=dw.stride,
-            padding=dw.padding,
-            dilation=dw.dilation,
-            dw_act=ACTIVATIONS[type(dw_act)],
-            act=ACTIVATIONS[type(act)],
-            training=(dw_bn.training, pw_bn.training),
+            *weights,
+            dw_bias=biases[0],
+            pw_bias=biases[1],
+            dw_bn=norms[0],
+            pw_bn=norms[1],
+            stride=geometry[0],
+            padding=geometry[1],
+            dilation=geometry[2],
+            dw_act=activations[0],
+            act=activations[1],
+            training=training,
         )
         for bn in (dw_bn, pw_bn):
             if bn.training and type(bn) is nn.BatchNorm2d and bn.track_running_stats and bn.num_batches_tracked is not None:
@@ -147,7 +158,7 @@ def batch_norm(bn: nn.Module) -> ops.BatchNorm | None:
         momentum = 1 / (float(bn.num_batches_tracked) + 1) if update and bn.num_batches_tracked is not None else 0.0
     if bn.training and not update:
         return ops.BatchNorm(None, None, bn.weight, bn.bias, bn.eps, momentum)
-    parameters, buffers = bn._parameters, bn._buffers  # where the attributes come from, which ask a module's __getattr__ each
+    parameters, buffers = bn._parameters, bn._buffers
     return ops.BatchNorm(
         buffers["running_mean"], buffers["running_var"], parameters["weight"], parameters["bias"], bn.eps, momentum
     )

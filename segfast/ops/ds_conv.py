@@ -269,8 +269,9 @@ def ds_conv(
         ValueError: shapes, sizes or options that do not fit, one value a channel when training.
         TypeError: dtypes that do not fit.
     """
-    if not torch.compiler.is_compiling() and not torch.is_grad_enabled() and training in (False, (False, False)):
-        y = _infer(x, dw_weight, pw_weight, dw_bias, pw_bias, dw_bn, pw_bn, stride, padding, dilation, dw_act, act)
+    quiet = not torch.compiler.is_compiling() and not torch.is_grad_enabled() and training in (False, (False, False))
+    if quiet and type(x) in _PLAIN and _backend.has_kernel("ds_conv", x):
+        y = infer(x, dw_weight, pw_weight, dw_bias, pw_bias, dw_bn, pw_bn, stride, padding, dilation, dw_act, act)
         if y is not None:
             return y
     stride, dilation, training = _pair(stride), _pair(dilation), _pair(training)
@@ -309,11 +310,11 @@ def ds_conv(
     return y
 
 
-def _infer(x, dw_weight, pw_weight, dw_bias, pw_bias, dw_bn, pw_bn, stride, padding, dilation, dw_act, act) -> Tensor | None:
+def infer(x, dw_weight, pw_weight, dw_bias, pw_bias, dw_bn, pw_bn, stride, padding, dilation, dw_act, act) -> Tensor | None:
     """The block on the CPU without gradients, where nothing has to be looked at first; else None.
 
     A block of a small network lasts a few tenths of a millisecond, and looking takes one of them. What does not fit the kernel
-    refuses too, and then the caller looks.
+    refuses too, and then the caller looks. The caller knows that there is a kernel for x.
     """
     one, two = dw_bn or _NONE, pw_bn or _NONE
     tensors = [t for t in (x, dw_weight, pw_weight, dw_bias, pw_bias, *one[:4], *two[:4]) if t is not None]
@@ -323,7 +324,7 @@ def _infer(x, dw_weight, pw_weight, dw_bias, pw_bias, dw_bn, pw_bn, stride, padd
         and (two is _NONE or (two.running_mean is not None and two.running_var is not None))
         and all([type(t) in _PLAIN and t.is_cpu for t in tensors])
     )
-    if not plain or torch.is_autocast_enabled("cpu") or not _backend.has_kernel("ds_conv", x):
+    if not plain or torch.is_autocast_enabled("cpu"):
         return None
     try:
         return torch.ops.segfast.ds_conv.default(
