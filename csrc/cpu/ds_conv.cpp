@@ -15,6 +15,10 @@
 #define SEGFAST_DS_CONV_TYPES
 namespace segfast {
 
+// Elements from a row of a tile to the next where its columns are read: a power of two would put all of a column in a few sets of
+// the cache.
+inline int64_t tile_row(int64_t padded) { return padded + 16; }
+
 // What the kernels of one call share. Pointers in the compute type A point to rows of padded length.
 template <class T, class A>
 struct DsConv {
@@ -78,17 +82,18 @@ struct Add {
   SEGFAST_INLINE void part(int64_t i, int64_t col, Vec<A> v) const { (*this)(i, col, v); }
 };
 
-// put's matrix[r][c]: sum over pixels p of a[p * lda + r] * b[p * ldb + c]: the weight gradient of the pointwise half.
+// put's matrix[r][c]: sum over pixels p of a[p * lda + r] * b[p * ldb + c], for `cols` columns, whole vectors: the weight
+// gradient of the pointwise half.
 template <class A, class P, class F>
 SEGFAST_INLINE void product_transposed(int64_t pixels, const A* a, int64_t lda, int64_t rows, const A* b, int64_t ldb,
-                                       const P& put, const F& ahead) {
+                                       int64_t cols, const P& put, const F& ahead) {
   constexpr int V = kVectors<A>, L = lanes<A>;
-  const int64_t count = (ldb + V * L - 1) / (V * L);
+  const int64_t count = (cols + V * L - 1) / (V * L);
   int64_t col = 0;
-  for (; col + V * L <= ldb; col += V * L) {
+  for (; col + V * L <= cols; col += V * L) {
     rows_of<V, A>(rows, pixels, a, 1, lda, b + col, ldb, col, put, ahead, col / (V * L), count);
   }
-  for (; col < ldb; col += L) rows_of<1, A>(rows, pixels, a, 1, lda, b + col, ldb, col, put, ahead, col / (V * L), count);
+  for (; col < cols; col += L) rows_of<1, A>(rows, pixels, a, 1, lda, b + col, ldb, col, put, ahead, col / (V * L), count);
 }
 
 // Packs w (element (col, d) at w[col * col_step + d * d_step]) into panels, times scale[col] or scale_d.
@@ -355,12 +360,13 @@ template <class T, class A>
 void backward_pointwise(const DsConv<T, A>& o, int64_t begin, int64_t end, A* buffer, A* grad_pw, double* sums) {
   constexpr int L = lanes<A>;
   const int64_t c = o.g.c, k = o.g.k;
-  A* v = buffer;               // [tile][cp]
-  A* gz = v + o.tile * o.cp;   // [tile][kp]
-  A* gv = gz + o.tile * o.kp;  // [tile][cp]
+  const int64_t ldc = tile_row(o.cp), ldk = tile_row(o.kp);
+  A* v = buffer;              // [tile][ldc]
+  A* gz = v + o.tile * ldc;   // [tile][ldk]
+  A* gv = gz + o.tile * ldk;  // [tile][ldc]
   for (int64_t t0 = begin; t0 < end; t0 += o.tile) {
     const int64_t t1 = t0 + o.tile < end ? t0 + o.tile : end, pixels = t1 - t0;
-    normalise_tile(o.u + t0 * c, pixels, c, o.cp, o.scale1, o.shift1, o.act1, v);
+    normalise_tile(o.u + t0 * c, pixels, c, ldc, o.scale1, o.shift1, o.act1, v);
     with_act(o.act2, [&](auto act) {
       const T *z = o.z + t0 * k, *grad = o.grad_y + t0 * k;
       each_block<A>(pixels, k, [&](auto group, int64_t p0, int64_t p1, int64_t c0, int left) {
@@ -373,7 +379,7 @@ void backward_pointwise(const DsConv<T, A>& o, int64_t begin, int64_t end, A* bu
             const int64_t at = c0 + j * L;
             const Vec<A> v = load_n(z + p * k + at, left);
             const Vec<A> g = activate_grad<A>(v * scale[j] + shift[j], load_n(grad + p * k + at, left), act);
-            store(gz + p * o.kp + at, scale[j] * (g - center[j] - slope[j] * (v - mean[j])));
+            store(gz + p * ldk + at, scale[j] * (g - center[j] - slope[j] * (v - mean[j])));
           }
         }
       });
@@ -383,13 +389,12 @@ void backward_pointwise(const DsConv<T, A>& o, int64_t begin, int64_t end, A* bu
       const int64_t from = t1 * k + i * pixels;
       prefetch_run(o.z + from, count * pixels), prefetch_run(o.grad_y + from, count * pixels);
     };
-    product_transposed<A>(pixels, gz, o.kp, k, v, o.cp, Add<A>{grad_pw, o.cp, o.cp}, outputs);
-    product<A>(pixels, k, gz, o.kp, o.pw_back, o.cp, Put<A, A>{gv, o.cp, o.cp, o.zeros, kIdentity},
-               RowsAhead<T>{o.u + t1 * c, c});
+    product_transposed<A>(pixels, gz, ldk, k, v, ldc, o.cp, Add<A>{grad_pw, o.cp, o.cp}, outputs);
+    product<A>(pixels, k, gz, ldk, o.pw_back, o.cp, Put<A, A>{gv, ldc, o.cp, o.zeros, kIdentity}, RowsAhead<T>{o.u + t1 * c, c});
     with_act(o.act1, [&](auto act) {
       T* grad_u = o.grad_u + t0 * c;
       add_sums<T, A>(o.u + t0 * c, pixels, c, o.mean1, sums, o.cp, [&](int64_t p, int64_t c0, Vec<A> u, int left) {
-        const Vec<A> g = activate_grad<A>(u * load(o.scale1 + c0) + load(o.shift1 + c0), load(gv + p * o.cp + c0), act);
+        const Vec<A> g = activate_grad<A>(u * load(o.scale1 + c0) + load(o.shift1 + c0), load(gv + p * ldc + c0), act);
         store_past(grad_u + p * c + c0, g, left, o.past_g);
         return g;
       });
@@ -1018,7 +1023,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
     o.pw_back = panels.p;
     const Buffer<double> sums1(by_blocks.number * 2 * o.cp);
     by_blocks.each([&](int64_t chunk, int64_t begin, int64_t end) {
-      const Buffer<A> scratch(o.tile * (2 * o.cp + o.kp), false);
+      const Buffer<A> scratch(o.tile * (2 * tile_row(o.cp) + tile_row(o.kp)), false);
       A* partial = partial_pw.p + chunk * g.k * o.cp;
       std::fill(partial, partial + g.k * o.cp, A(0));
       DS_CONV_CALL(backward_pointwise<T, A>)(o, begin, end, scratch.p, partial, sums1.p + chunk * 2 * o.cp);
