@@ -61,7 +61,7 @@ void block_kl(A* s, A* t, A* max_s, A* max_t, int64_t classes, int64_t count, in
     Vec<A> sum_s{}, sum_t{}, difference{};
     for (int64_t c = 0; c < classes; ++c) {
       const Vec<A> a = load(s + c * pitch + p) - shift_s, b = load(t + c * pitch + p) - shift_t;
-      const Vec<A> exp_s = exp(a), exp_t = exp(b);
+      const Vec<A> exp_s = exp<true>(a), exp_t = exp<true>(b);
       sum_s += exp_s;
       sum_t += exp_t;
       difference += exp_t * (b - a);

@@ -40,7 +40,7 @@ SEGFAST_INLINE void argmax_of(const A* a, const A* b, const A* h0, const A* h1, 
     for (int64_t c = 0; c < classes; ++c) {
       const Vec<A> v = load(a + c * strip + x), w = load(b + c * strip + x);
 #pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) sum[r] += exp(between<A, FINITE>(v, w, down[r], up[r]) - best[r]);
+      for (int r = 0; r < R; ++r) sum[r] += exp<true>(between<A, FINITE>(v, w, down[r], up[r]) - best[r]);
     }
     for (int r = 0; r < R; ++r) store(probability + r * strip + x, splat<A>(1) / sum[r]);
   }

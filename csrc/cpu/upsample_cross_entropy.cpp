@@ -88,7 +88,7 @@ SEGFAST_INLINE void cross_entropy_of(const A* a, const A* b, const A* h0, const 
       for (int r = 0; r < R; ++r) {
         const Vec<A> below = between<A, FINITE>(v, w, down[r], up[r]) - most[r];
         if constexpr (SMOOTH) spread[r] += below * smoothing.weight[c];
-        const Vec<A> e = exp(below);
+        const Vec<A> e = exp<true>(below);
         sum[r] += e;
         if (grad_a != nullptr) store(kept + (c * R + r) * L, e);
       }

@@ -28,7 +28,7 @@ SEGFAST_INLINE void kl_of(const A* s_a, const A* s_b, A s_h0, A s_h1, const A* t
     Vec<A> sum_s{}, sum_t{}, difference{};
     for (int64_t c = 0; c < classes; ++c) {
       const Vec<A> s = load(kept + 2 * c * L) - max_s, t = load(kept + (2 * c + 1) * L) - max_t;
-      const Vec<A> exp_s = exp(s), exp_t = exp(t);
+      const Vec<A> exp_s = exp<true>(s), exp_t = exp<true>(t);
       sum_s += exp_s;
       sum_t += exp_t;
       difference += exp_t * (t - s);

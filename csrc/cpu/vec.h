@@ -249,13 +249,14 @@ SEGFAST_INLINE void store_pair(T* p, Vec<compute<T>> v, Vec<compute<T>> w) {
 }
 
 // exp within 2 ulp: 0 below 2^-126 (AVX-512: denormal there), infinity above 2^127, NaN kept. Round to n = x / ln 2 by adding
-// 1.5 * 2^23, whose low bits then hold n; a polynomial for the rest.
+// 1.5 * 2^23, whose low bits then hold n; a polynomial for the rest. Below: of an x below 88, as a number less the greatest.
 #ifdef __GNUC__
+template <bool Below = false>
 SEGFAST_INLINE Vec<float> exp(Vec<float> x) {
 #if SEGFAST_BYTES == 64
   // Beyond these bounds the result is 0 or infinity. Of two operands that are not ordered, max and min give the second.
   x = (Vec<float>)_mm512_max_ps(_mm512_set1_ps(-110.0f), (__m512)x);
-  x = (Vec<float>)_mm512_min_ps(_mm512_set1_ps(100.0f), (__m512)x);
+  if constexpr (!Below) x = (Vec<float>)_mm512_min_ps(_mm512_set1_ps(100.0f), (__m512)x);
 #endif
   const Vec<float> shifted = x * 1.44269504f + 12582912.0f, n = shifted - 12582912.0f;
   const Vec<float> r = x - n * 0.693359375f - n * -2.12194440e-4f;
@@ -269,9 +270,10 @@ SEGFAST_INLINE Vec<float> exp(Vec<float> x) {
   return (Vec<float>)_mm512_scalef_ps((__m512)(p * (r * r) + (r + 1.0f)), (__m512)n);
 #else
   p = p * r * r + r + 1.0f;
-  const Vec<float> y = p * (Vec<float>)(((I32)shifted << 23) + 0x3f800000);
+  const Vec<float> y = p * (Vec<float>)(((I32)shifted << 23) + 0x3f800000);  // NaN if x is: p is NaN
   const Vec<float> low = x < -87.3365f ? Vec<float>{} : y;
-  return x > 88.0296f ? splat(__builtin_inff()) : (x == x ? low : x);
+  if constexpr (Below) return low;
+  return x > 88.0296f ? splat(__builtin_inff()) : low;
 #endif
 }
 // Natural logarithm of a normal number > 0 within 2 ulp; NaN and infinity kept.
@@ -293,9 +295,13 @@ SEGFAST_INLINE Vec<float> log(Vec<float> x) {
   return x < __builtin_inff() ? y : x;
 }
 #else
-SEGFAST_INLINE Vec<float> exp(Vec<float> x) { return ::expf(x); }
+template <bool Below = false>
+SEGFAST_INLINE Vec<float> exp(Vec<float> x) {
+  return ::expf(x);
+}
 SEGFAST_INLINE Vec<float> log(Vec<float> x) { return ::logf(x); }
 #endif
+template <bool Below = false>
 SEGFAST_INLINE Vec<double> exp(Vec<double> x) {
   for (int i = 0; i < lanes<double>; ++i) lane<double>(x, i) = ::exp(lane<double>(x, i));
   return x;
