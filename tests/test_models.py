@@ -218,6 +218,22 @@ def test_auxiliary_heads(name, strides):
     assert all(p.grad is not None for p in model.parameters())
 
 
+def test_icnet_differs_from_the_port_that_is_quoted_by_what_that_computes_more():
+    # meetps/pytorch-semseg (7,742,649 parameters, 30.58 G at 1025 x 2049): the classifiers of the label guidance always, the
+    # identity blocks of stage 3 once more for nobody, their stage's stride in the 3 x 3, four convolutions without a use.
+    with torch.device("meta"):
+        model = segfast.create_model("icnet", aux=True, deploy=True).eval()
+        images, stage3, stage2 = torch.empty(1, 3, 1025, 2049), torch.empty(1, 256, 33, 65), torch.empty(1, 128, 129, 257)
+    unused = 4 * (1024 * 256 + 256)
+    assert sum(p.numel() for p in model.parameters()) + unused == 7_742_649
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(images)
+        model.stage3[1:](stage3)
+        torch.nn.functional.conv2d(stage2, model.stage3[0].reduce.conv.weight)
+    where_the_authors_stride = model.stage3[0].reduce.conv.weight.numel() * 65 * 129
+    assert counter.get_total_flops() / 2 - where_the_authors_stride == 30_583_978_176
+
+
 def test_icnet_folds():
     torch.manual_seed(0)
     model = segfast.create_model("icnet", 4)

@@ -183,7 +183,8 @@ def import_icnet(name: str, weights: Weights):
     macs=29_811_584_064,  # the same to the unit as the convolutions of the authors' prototxt at this size
     size=(1025, 2049),
     published=Published(
-        macs="none by the authors; 30.6 to 30.7 G are quoted, the 64 convolutions of their prototxt are 29.81 G",
+        macs="none by the authors, the 64 convolutions of their prototxt are 29.81 G; quoted are 30.58 G, of a port "
+        "(meetps/pytorch-semseg) that runs three blocks twice and has a stride elsewhere",
         miou="69.5 test, 67.7 val (Cityscapes)",
         speed="30.3 fps (33 ms), 1025x2049, Titan X",
         source="arXiv:1704.08545 and the authors' repository",
