@@ -185,7 +185,7 @@ SEGFAST_NOINLINE void micro(int64_t depth, const A* __restrict a, int64_t row, i
                             int64_t b_step, int64_t first, int64_t col, const P put) {
   constexpr int L = lanes<A>;
   Vec<A> acc[M][V] = {};
-  all_soon<M, V, A>(put, first + M, col);
+  all_soon<M, V, A>(put, first + M, col);  // the next block's, which come while this one is computed
 #pragma GCC unroll 4
   for (int64_t d = 0; d < depth; ++d) {
     Vec<A> bv[V];
