@@ -18,6 +18,7 @@ pytestmark = pytest.mark.skipif(
 if _backend._C is not None:
     from segfast.ops._packed import Int8Conv, int8_block, int8_block_reference, int8_conv_reference
     from segfast.optimize._int8 import lower_int8
+    from segfast.optimize._memory import place_next
 
 ACTS = [lambda x: x, F.relu, F.relu6, F.silu, F.hardswish, F.leaky_relu]
 SETS = _backend._C.cpu_features()["kernel_sets"] if _backend._C is not None else []
@@ -78,6 +79,14 @@ def check(title: str, kernel, reference, x, weights, added: bool) -> None:
             assert torch.equal(kernel(x, add), y)
     finally:
         torch.set_num_threads(threads)
+    if added and y.numel():  # segfast.optimize may put the result where the summand lies
+        place_next(add.data_ptr(), add.numel() * add.element_size())
+        try:
+            over = kernel(x, add)
+        finally:
+            place_next(0, 0)
+        assert over.data_ptr() == add.data_ptr()
+        assert torch.equal(over, y)
 
 
 @pytest.mark.drawn(1 / 2)
