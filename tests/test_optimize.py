@@ -66,9 +66,8 @@ def maps(value) -> list[torch.Tensor]:
 
 @torch.no_grad()
 def check(model: nn.Module, images: torch.Tensor, optimized=None, dtype=torch.float32):
-    """At most twice the RMS error of eager PyTorch in the same dtype, and two roundings of the result. Eager's own differs up to
-    twofold between the two layouts that a network may run in, for the same sums in another order: the larger counts. Up to 384
-    terms the kernels add one after the other, eager in several sums: there their error is 2 to 3 times its."""
+    """At most twice the RMS error of eager PyTorch in the same dtype, and a rounding of the result. Eager's own differs up to
+    twofold between the two layouts that a network may run in, for the same sums in another order: the larger counts."""
     optimized = optimized or segfast.optimize(model, dtype=dtype)
     actual = optimized(images)
     exact = maps(copy.deepcopy(model).double()(images.double()))
@@ -82,7 +81,7 @@ def check(model: nn.Module, images: torch.Tensor, optimized=None, dtype=torch.fl
         if not a.is_floating_point():
             assert float((a != x).double().mean()) <= 2 * max(float((b != x).double().mean()) for b in (e, r)) + 0.01
             continue
-        allowed = 2 * max(rms(e, x), rms(r, x)) + EPS[dtype] * rms(x, torch.zeros_like(x))
+        allowed = 2 * max(rms(e, x), rms(r, x)) + 0.5 * EPS[dtype] * rms(x, torch.zeros_like(x))
         assert rms(a, x) <= allowed, f"off by {rms(a, x):.3g}, allowed {allowed:.3g}"
     return optimized
 

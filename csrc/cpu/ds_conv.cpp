@@ -496,7 +496,7 @@ void weight_row(const DsConv<T, A>& o, int64_t n, int64_t oy, A* v, A* grad_dw) 
   for (int64_t ox = 0; ox < g.ow; ++ox) {
     A* at = v + ox * g.c;
     if (ox == first && last > first) {
-      const auto [ky0, ky1] = TapsInside(g, oy);
+      const auto [ky0, ky1] = taps_inside(iy, g.kh, 1, g.h);
       const T* rows[8];
       for (int64_t ky = ky0; ky < ky1; ++ky) rows[ky] = image + (iy + ky) * g.w * g.c;
       const int64_t from = (ox * g.sw - g.pw) * g.c, count = last - first;
@@ -567,11 +567,10 @@ SEGFAST_INLINE void input_row(const DsConv<T, A>& o, int64_t n, int64_t y, bool 
     const R* rows[8];
     if (g.sh == 1 && (g.kw == 3 || g.kw == 5)) {  // a depthwise convolution with the kernel turned round
       const int64_t top = y + g.ph - (g.kh - 1);
-      const int64_t ky0 = top < 0 ? -top : 0, ky1 = g.oh - top < g.kh ? (g.oh - top > ky0 ? g.oh - top : ky0) : g.kh;
-      for (int64_t ky = ky0; ky < ky1; ++ky) rows[ky] = at(top + ky);
-      const int64_t from = (g.pw - (g.kw - 1)) * g.c;
-      if (g.kw == 3) return depthwise_run<3, 1>(rows, from, g.c, o.dw_flipped, o.cp, ky0, ky1, g.w, pixel, put);
-      return depthwise_run<5, 1>(rows, from, g.c, o.dw_flipped, o.cp, ky0, ky1, g.w, pixel, put);
+      const Range down = taps_inside(top, g.kh, 1, g.oh);
+      for (int64_t ky = down.begin; ky < down.end; ++ky) rows[ky] = at(top + ky);
+      depthwise_run(g.kw, 1, rows, (g.pw - (g.kw - 1)) * g.c, g.c, o.dw_flipped, o.cp, down, g.w, pixel, put);
+      return;
     }
     if (g.kh == 3 && g.sh == 2 && g.ph == 1 && g.pw == 1) {
       const A* weights[2];

@@ -9,6 +9,17 @@ struct Geometry {
   int64_t pixels() const { return n * oh * ow; }
 };
 
+struct Range {
+  int64_t begin, end;
+};
+
+// Those of `taps`, `step` apart from `at` on, that lie inside [0, size).
+inline Range taps_inside(int64_t at, int64_t taps, int64_t step, int64_t size) {
+  const int64_t begin = std::min(at < 0 ? (step - 1 - at) / step : 0, taps);
+  const int64_t end = at + (taps - 1) * step < size ? taps : (size - at + step - 1) / step;
+  return {begin, std::max(begin, end)};
+}
+
 // Pixels a tile: the buffers of one tile stay in L2, and most of them in L1.
 inline int64_t tile_pixels(int64_t bytes_a_pixel, int64_t bytes = 49152, int64_t most = 96) {
   return std::clamp<int64_t>(bytes / bytes_a_pixel / 12 * 12, 12, most);
@@ -279,11 +290,12 @@ SEGFAST_INLINE void rows_ahead(const T* from, int64_t row, int64_t c) {
 }
 
 // Blocks of N of the `count` interior pixels of one row from `pixel` on: K taps wide, stride S, no dilation, vertical taps
-// [ky0, ky1), of which rows[ky] + x is the first pixel under the kernel. Returns how many pixels it did.
+// [down), of which rows[ky] + x is the first pixel under the kernel. Returns how many pixels it did.
 template <int N, int K, int S, class T, class A, class P>
-SEGFAST_NOINLINE int64_t depthwise_blocks(const T* const* rows, int64_t x, int64_t c, const A* w, int64_t cp, int64_t ky0,
-                                          int64_t ky1, int64_t count, int64_t pixel, const P put) {
+SEGFAST_NOINLINE int64_t depthwise_blocks(const T* const* rows, int64_t x, int64_t c, const A* w, int64_t cp, Range down,
+                                          int64_t count, int64_t pixel, const P put) {
   constexpr int L = lanes<A>;
+  const auto [ky0, ky1] = down;
   constexpr bool Unrolled = SEGFAST_BYTES > 16 && N == 8 && K == 3;  // else not worth its code
   const bool all = Unrolled && ky0 == 0 && ky1 == K;
   const T* from[K];
@@ -345,32 +357,30 @@ SEGFAST_NOINLINE int64_t depthwise_blocks(const T* const* rows, int64_t x, int64
   return p;
 }
 
-// The same one by one.
+// One output pixel from its taps [down) x [across): rows[ky] + x is where tap 0 of row ky lies, the next ones `step` elements on.
 template <class T, class A, class P>
-SEGFAST_NOINLINE void depthwise_pixels(const T* const* rows, int64_t x, int64_t c, const A* w, int64_t cp, int64_t k, int64_t s,
-                                       int64_t ky0, int64_t ky1, int64_t count, int64_t pixel, const P put) {
-  for (int64_t p = 0; p < count; ++p, x += s * c) {
-    const T* from[64];
-    const A* weight[64];
-    int taps = 0;
-    for (int64_t ky = ky0; ky < ky1; ++ky) {
-      for (int64_t kx = 0; kx < k; ++kx) {
-        from[taps] = rows[ky] + x + kx * c;
-        weight[taps++] = w + (ky * k + kx) * cp;
-      }
+SEGFAST_NOINLINE void depthwise_taps(const T* const* rows, int64_t x, int64_t step, const A* w, int64_t cp, int64_t kw,
+                                     Range down, Range across, int64_t pixel, const P put) {
+  const T* from[64];  // larger kernels are refused by the launcher
+  const A* weight[64];
+  int taps = 0;
+  for (int64_t ky = down.begin; ky < down.end; ++ky) {
+    for (int64_t kx = across.begin; kx < across.end; ++kx) {
+      from[taps] = rows[ky] + x + kx * step;
+      weight[taps++] = w + (ky * kw + kx) * cp;
     }
-    depthwise_pixel(taps, from, weight, pixel + p, put);
   }
+  depthwise_pixel(taps, from, weight, pixel, put);
 }
 
 template <int K, int S, class T, class A, class P>
-SEGFAST_INLINE void depthwise_run(const T* const* rows, int64_t x, int64_t c, const A* w, int64_t cp, int64_t ky0, int64_t ky1,
-                                  int64_t count, int64_t pixel, const P& put) {
+SEGFAST_INLINE void depthwise_run_of(const T* const* rows, int64_t x, int64_t c, const A* w, int64_t cp, Range down,
+                                     int64_t count, int64_t pixel, const P& put) {
   constexpr int N = 8;
   int64_t p = 0;
   const auto blocks = [&](auto n) {
     constexpr int M = decltype(n)::value;
-    p += depthwise_blocks<M, K, S>(rows, x + p * S * c, c, w, cp, ky0, ky1, count - p, pixel + p, put);
+    p += depthwise_blocks<M, K, S>(rows, x + p * S * c, c, w, cp, down, count - p, pixel + p, put);
   };
   blocks(Int<N>{});
   if constexpr (once<P>()) {
@@ -378,7 +388,18 @@ SEGFAST_INLINE void depthwise_run(const T* const* rows, int64_t x, int64_t c, co
   } else if (p < count && count > N) {  // some pixels again, to end with a whole block
     p = count - N, blocks(Int<N>{});
   }
-  if (p < count) depthwise_pixels(rows, x + p * S * c, c, w, cp, K, S, ky0, ky1, count - p, pixel + p, put);
+  for (; p < count; ++p) depthwise_taps(rows, x + p * S * c, c, w, cp, K, down, {0, K}, pixel + p, put);
+}
+
+// `count` pixels of one row whose taps lie inside, horizontally, from that at rows[ky] + x on; false where no kernel is for them.
+template <class T, class A, class P>
+SEGFAST_INLINE bool depthwise_run(int64_t k, int64_t s, const T* const* rows, int64_t x, int64_t c, const A* w, int64_t cp,
+                                  Range down, int64_t count, int64_t pixel, const P& put) {
+  if (k == 3 && s == 1) return depthwise_run_of<3, 1>(rows, x, c, w, cp, down, count, pixel, put), true;
+  if (k == 3 && s == 2) return depthwise_run_of<3, 2>(rows, x, c, w, cp, down, count, pixel, put), true;
+  if (k == 5 && s == 1) return depthwise_run_of<5, 1>(rows, x, c, w, cp, down, count, pixel, put), true;
+  if (k == 5 && s == 2) return depthwise_run_of<5, 2>(rows, x, c, w, cp, down, count, pixel, put), true;
+  return false;
 }
 
 // Of the output pixels [ox0, ox1) of a row those whose taps all lie inside, horizontally; none where no kernel is for them.
@@ -393,52 +414,23 @@ struct Inside {
   }
 };
 
-// The vertical taps [begin, end) of output row oy that lie inside, without dilation.
-struct TapsInside {
-  int64_t begin, end;
-  SEGFAST_INLINE TapsInside(const Geometry& g, int64_t oy) {
-    const int64_t iy = oy * g.sh - g.ph;
-    begin = iy < 0 ? (-iy < g.kh ? -iy : g.kh) : 0;
-    end = iy + g.kh > g.h ? (g.h - iy > begin ? g.h - iy : begin) : g.kh;
-  }
-};
-
 // Outputs [ox0, ox1) of row oy of image n of a depthwise convolution of x [n][h][w][c], put at rows `at`, `at` + 1, ...
 template <class T, class A, class P>
 SEGFAST_INLINE void depthwise_row(const Geometry& g, const T* x, const A* w, int64_t cp, int64_t n, int64_t oy, int64_t ox0,
                                   int64_t ox1, int64_t at, const P& put) {
   const int64_t row = g.w * g.c, iy = oy * g.sh - g.ph;
-  const T* image = x + n * g.h * row;
+  const Range down = taps_inside(iy, g.kh, g.dh, g.h);
+  const T* rows[64];
+  for (int64_t ky = down.begin; ky < down.end; ++ky) rows[ky] = x + (n * g.h + iy + ky * g.dh) * row;
   const auto [first, last] = Inside(g, ox0, ox1);
   for (int64_t ox = ox0; ox < ox1; ++ox) {
+    const int64_t ix = ox * g.sw - g.pw, pixel = at + ox - ox0;
     if (ox == first && last > first) {
-      const auto [ky0, ky1] = TapsInside(g, oy);
-      const int64_t from = (ox * g.sw - g.pw) * g.c;
-      const T* rows[8];
-      for (int64_t ky = ky0; ky < ky1; ++ky) rows[ky] = image + (iy + ky) * row;
-      const int64_t count = last - first, pixel = at + first - ox0;
-      if (g.kw == 3 && g.sw == 1) depthwise_run<3, 1>(rows, from, g.c, w, cp, ky0, ky1, count, pixel, put);
-      if (g.kw == 3 && g.sw == 2) depthwise_run<3, 2>(rows, from, g.c, w, cp, ky0, ky1, count, pixel, put);
-      if (g.kw == 5 && g.sw == 1) depthwise_run<5, 1>(rows, from, g.c, w, cp, ky0, ky1, count, pixel, put);
-      if (g.kw == 5 && g.sw == 2) depthwise_run<5, 2>(rows, from, g.c, w, cp, ky0, ky1, count, pixel, put);
+      depthwise_run(g.kw, g.sw, rows, ix * g.c, g.c, w, cp, down, last - first, pixel, put);
       ox = last - 1;
       continue;
     }
-    constexpr int kMost = 64;  // taps at once; larger kernels are refused by the launcher
-    const T* from[kMost];
-    const A* weight[kMost];
-    int taps = 0;
-    for (int64_t ky = 0; ky < g.kh; ++ky) {
-      const int64_t y = iy + ky * g.dh;
-      if (y < 0 || y >= g.h) continue;
-      for (int64_t kx = 0; kx < g.kw; ++kx) {
-        const int64_t xx = ox * g.sw - g.pw + kx * g.dw;
-        if (xx < 0 || xx >= g.w) continue;
-        from[taps] = image + y * row + xx * g.c;
-        weight[taps++] = w + (ky * g.kw + kx) * cp;
-      }
-    }
-    depthwise_pixel(taps, from, weight, at + ox - ox0, put);
+    depthwise_taps(rows, ix * g.c, g.dw * g.c, w, cp, g.kw, down, taps_inside(ix, g.kw, g.dw, g.w), pixel, put);
   }
 }
 

@@ -167,8 +167,9 @@ struct Dot<uint8_t> {
 template <class T>
 constexpr int kDotRows = SEGFAST_BYTES == 64 ? 8 : (sizeof(T) == 4 ? 6 : 4);
 
-// Floats that are summed one after the other: of thousands in one go the rounding errors would be three times eager's.
-constexpr int64_t kDotDepth = 384;
+// Floats that are summed one after the other: of thousands in one go the rounding errors would be three times eager's, of 180 in
+// a transposed convolution still twice.
+constexpr int64_t kDotDepth = 128;
 
 // Where the rows of a product's left side come from: `parts` runs of `depth` words each, a row's run p at a[p] (in elements);
 // the panel's rows for it from b[p] on.
@@ -348,25 +349,11 @@ SEGFAST_INLINE void plain_product(int64_t rows, int64_t depth, const T* a, int64
 template <class T, class P>
 SEGFAST_INLINE void depthwise_inside(const Geometry& g, const T* const* rows, const float* w, int64_t cp, int64_t count,
                                      const P& put) {
-  int64_t ky0 = 0, ky1 = g.kh;
-  while (ky0 < ky1 && !rows[ky0]) ++ky0;
-  while (ky1 > ky0 && !rows[ky1 - 1]) --ky1;
-  if (g.dw == 1 && g.kw == 3 && g.sw == 1) return depthwise_run<3, 1>(rows, 0, cp, w, cp, ky0, ky1, count, 0, put);
-  if (g.dw == 1 && g.kw == 3 && g.sw == 2) return depthwise_run<3, 2>(rows, 0, cp, w, cp, ky0, ky1, count, 0, put);
-  if (g.dw == 1 && g.kw == 5 && g.sw == 1) return depthwise_run<5, 1>(rows, 0, cp, w, cp, ky0, ky1, count, 0, put);
-  if (g.dw == 1 && g.kw == 5 && g.sw == 2) return depthwise_run<5, 2>(rows, 0, cp, w, cp, ky0, ky1, count, 0, put);
-  for (int64_t p = 0; p < count; ++p) {
-    const T* from[64];
-    const float* weight[64];
-    int taps = 0;
-    for (int64_t ky = ky0; ky < ky1; ++ky) {
-      for (int64_t kx = 0; kx < g.kw; ++kx) {
-        from[taps] = rows[ky] + (p * g.sw + kx * g.dw) * cp;
-        weight[taps++] = w + (ky * g.kw + kx) * cp;
-      }
-    }
-    depthwise_pixel(taps, from, weight, p, put);
-  }
+  Range down{0, g.kh};
+  while (down.begin < down.end && !rows[down.begin]) ++down.begin;
+  while (down.end > down.begin && !rows[down.end - 1]) --down.end;
+  if (g.dw == 1 && depthwise_run(g.kw, g.sw, rows, 0, cp, w, cp, down, count, 0, put)) return;
+  for (int64_t p = 0; p < count; ++p) depthwise_taps(rows, p * g.sw * cp, g.dw * cp, w, cp, g.kw, down, {0, g.kw}, p, put);
 }
 
 }  // namespace segfast::SEGFAST_ISA
