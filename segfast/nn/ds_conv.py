@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from segfast import _backend, ops
 from segfast.nn.convolution import pair, require, same_padding
-from segfast.ops.ds_conv import infer
+from segfast.ops.ds_conv import infer, run
 
 ACTIVATIONS = {nn.Identity: None, nn.ReLU: "relu", nn.ReLU6: "relu6", nn.SiLU: "silu", nn.Hardswish: "hardswish"}
 _MODULES = {name: kind for kind, name in ACTIVATIONS.items()}
@@ -87,30 +86,15 @@ class DSConv(nn.Module):
         if not (isinstance(x, Tensor) and _backend.has_kernel("ds_conv", x) and fuses(self.conv)):
             return self.conv(x)
         dw, dw_bn, dw_act, pw, pw_bn, act = self.conv._modules.values()
-        # where the attributes come from, which ask a module's __getattr__ each
-        one, two = dw._parameters, pw._parameters
-        weights, biases = (one["weight"], two["weight"]), (one["bias"], two["bias"])
-        norms = batch_norm(dw_bn), batch_norm(pw_bn)
-        geometry, activations = (dw.stride, dw.padding, dw.dilation), (ACTIVATIONS[type(dw_act)], ACTIVATIONS[type(act)])
-        training = dw_bn.training, pw_bn.training
-        if not any(training) and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            y = infer(x, *weights, *biases, *norms, *geometry, *activations)
-            if y is not None:
-                return y
-        y = ops.ds_conv(
-            x,
-            *weights,
-            dw_bias=biases[0],
-            pw_bias=biases[1],
-            dw_bn=norms[0],
-            pw_bn=norms[1],
-            stride=geometry[0],
-            padding=geometry[1],
-            dilation=geometry[2],
-            dw_act=activations[0],
-            act=activations[1],
-            training=training,
+        one, two = dw._parameters, pw._parameters  # where the attributes come from, which ask a module's __getattr__ each
+        args = (
+            *(x, one["weight"], two["weight"], one["bias"], two["bias"], batch_norm(dw_bn), batch_norm(pw_bn)),
+            *(dw.stride, dw.padding, dw.dilation, ACTIVATIONS[type(dw_act)], ACTIVATIONS[type(act)]),
+            (dw_bn.training, pw_bn.training),
         )
+        y = infer(*args)
+        if y is None:
+            y = run(*args)
         for bn in (dw_bn, pw_bn):
             if bn.training and type(bn) is nn.BatchNorm2d and bn.track_running_stats and bn.num_batches_tracked is not None:
                 bn.num_batches_tracked.add_(1)

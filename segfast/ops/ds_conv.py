@@ -269,11 +269,13 @@ def ds_conv(
         ValueError: shapes, sizes or options that do not fit, one value a channel when training.
         TypeError: dtypes that do not fit.
     """
-    quiet = not torch.compiler.is_compiling() and not torch.is_grad_enabled() and training in (False, (False, False))
-    if quiet and type(x) in _PLAIN and _backend.has_kernel("ds_conv", x):
-        y = infer(x, dw_weight, pw_weight, dw_bias, pw_bias, dw_bn, pw_bn, stride, padding, dilation, dw_act, act)
-        if y is not None:
-            return y
+    args = (x, dw_weight, pw_weight, dw_bias, pw_bias, dw_bn, pw_bn, stride, padding, dilation, dw_act, act, training)
+    y = infer(*args) if type(x) in _PLAIN and _backend.has_kernel("ds_conv", x) else None
+    return run(*args) if y is None else y
+
+
+def run(x, dw_weight, pw_weight, dw_bias, pw_bias, dw_bn, pw_bn, stride, padding, dilation, dw_act, act, training) -> Tensor:
+    """`ds_conv` with its arguments in this order."""
     stride, dilation, training = _pair(stride), _pair(dilation), _pair(training)
     padding = _same(dw_weight, dilation) if padding is None else _pair(padding)
     _check(x, dw_weight, pw_weight, dw_bias, pw_bias, dw_bn, pw_bn, stride, padding, dilation, dw_act, act, training)
@@ -302,20 +304,32 @@ def ds_conv(
         x, dw_weight, dw_bias, one.weight, one.bias, pw_weight, pw_bias, two.weight, two.bias, *norms, options
     )
     count = y.shape[0] * y.shape[2] * y.shape[3]
-    with torch.no_grad():
-        for bn, use_batch, train, mean, var in zip((dw_bn, pw_bn), batch, training, statistics[::2], statistics[1::2]):
-            if use_batch and train and bn.running_mean is not None and count:  # of no values: left alone, as F.batch_norm does
-                bn.running_mean.lerp_(mean.to(bn.running_mean.dtype), bn.momentum)
-                bn.running_var.lerp_((var * (count / (count - 1))).to(bn.running_var.dtype), bn.momentum)
+    halves = zip((dw_bn, pw_bn), (statistics[:2], statistics[2:]), batch, training)
+    tracked = [(bn, own) for bn, own, use, train in halves if use and train and bn.running_mean is not None]
+    if tracked and count:  # of no values they are left alone, as F.batch_norm does
+        _update_running(tracked, count)
     return y
 
 
-def infer(x, dw_weight, pw_weight, dw_bias, pw_bias, dw_bn, pw_bn, stride, padding, dilation, dw_act, act) -> Tensor | None:
+@torch.no_grad()
+def _update_running(tracked: list[tuple[BatchNorm, list[Tensor]]], count: int) -> None:
+    """Moves running statistics towards a batch's means and biased variances, all of them in one call."""
+    running = [t for bn, _ in tracked for t in bn[:2]]
+    batch = torch._foreach_mul([t for _, own in tracked for t in own], [1.0, count / (count - 1)] * len(tracked))
+    batch = [b if b.dtype == r.dtype else b.to(r.dtype) for b, r in zip(batch, running)]
+    torch._foreach_lerp_(running, batch, [bn.momentum for bn, _ in tracked for _ in range(2)])
+
+
+def infer(
+    x, dw_weight, pw_weight, dw_bias, pw_bias, dw_bn, pw_bn, stride, padding, dilation, dw_act, act, training
+) -> Tensor | None:
     """The block on the CPU without gradients, where nothing has to be looked at first; else None.
 
     A block of a small network lasts a few tenths of a millisecond, and looking takes one of them. What does not fit the kernel
     refuses too, and then the caller looks. The caller knows that there is a kernel for x.
     """
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or training not in (False, (False, False)):
+        return None
     one, two = dw_bn or _NONE, pw_bn or _NONE
     tensors = [t for t in (x, dw_weight, pw_weight, dw_bias, pw_bias, *one[:4], *two[:4]) if t is not None]
     plain = (
