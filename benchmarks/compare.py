@@ -3,6 +3,7 @@
     python benchmarks/compare.py run.json [more.json ...]     fails when a ratio fell below 0.9 of the recorded one
     python benchmarks/compare.py run.json --record            replaces the machine's figures by the run's
     python benchmarks/compare.py --write-readme               fills the README's table from the recorded figures
+    python benchmarks/compare.py --write-docs                 and the tables of docs/results/ds_conv.md, of all machines
 
 Ratios are times faster than the peers, so they travel better than times; still they hold for one processor, kernel set, thread
 count and release of PyTorch. What is not recorded yet is recorded, said, and not judged.
@@ -61,6 +62,37 @@ def rounded(value):
     return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
+def mean_and_lowest(values: list[float]) -> tuple[str, str]:
+    """The geometric mean first."""
+    return f"{math.exp(sum(map(math.log, values)) / len(values)):.2f}", f"{min(values):.2f}"
+
+
+def shapes_table(baseline: dict[str, dict[str, dict]], test: str, label: str, suffix: str = "]") -> str:
+    """One test's ratios, a row a machine and a column a shape."""
+    heads, lines = [], []
+    for machine, figures in baseline.items():
+        ratios = {
+            name.removeprefix(f"{test}[").removesuffix(suffix): f["ratios"][label]
+            for name, f in figures.items()
+            if name.startswith(f"{test}[") and name.endswith(suffix) and label in f["ratios"]
+        }
+        heads = heads or sorted(ratios)
+        said = dict(part.split(" ", 1) for part in machine.replace("kernel set", "set").split(", "))
+        if ratios:
+            cells = [f"{ratios[head]:.2f}" if head in ratios else "" for head in heads]
+            lines.append([f"{said['processor']}, {said['set']}", *cells, *mean_and_lowest(list(ratios.values()))])
+    head = ["processor, kernel set", *heads, "geometric mean", "lowest"]
+    return "\n".join(f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *lines))
+
+
+def shapes_tables(baseline: dict[str, dict[str, dict]]) -> tuple[str, str]:
+    """Those of docs/results/ds_conv.md: inference in float32, and the training step."""
+    return (
+        shapes_table(baseline, "test_ds_conv_inference", "best peer", "-float32]"),
+        shapes_table(baseline, "test_ds_conv_training", "eager, channels_last"),
+    )
+
+
 def figures_table(machine: str, figures: dict[str, dict]) -> str:
     """The README's table for one machine; a figure that was not measured says so."""
 
@@ -77,7 +109,7 @@ def figures_table(machine: str, figures: dict[str, dict]) -> str:
     def spread(values: list[float]) -> str:
         if not values:
             return "not measured yet"
-        return f"{math.exp(sum(map(math.log, values)) / len(values)):.2f}; {min(values):.2f}"
+        return "; ".join(mean_and_lowest(values))
 
     def pair(prefix: str, *labels: str) -> str:
         return "; ".join(one(ratios(prefix, label)) for label in labels)
@@ -159,13 +191,17 @@ def figures_table(machine: str, figures: dict[str, dict]) -> str:
     return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
 
 
-def write_readme(readme: Path, text: str) -> None:
-    content = readme.read_text()
-    start = START.search(content)
-    end = content.find(END, start.end()) if start else -1
-    if end < 0:
-        raise ValueError(f"{readme}: want '<!-- figures: ... -->' and, after it, '{END}'")
-    readme.write_text(f"{content[: start.end()]}\n{text}\n\n{content[end:]}")
+def write_between(path: Path, *texts: str) -> None:
+    """Puts each text between a pair of markers, in their order."""
+    done, rest = "", path.read_text()
+    for text in texts:
+        start = START.search(rest)
+        end = rest.find(END, start.end()) if start else -1
+        if end < 0:
+            raise ValueError(f"{path}: want '<!-- figures: ... -->' and, after it, '{END}'")
+        done += f"{rest[: start.end()]}\n{text}\n\n{END}"
+        rest = rest[end + len(END) :]
+    path.write_text(done + rest)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -175,9 +211,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--record", action="store_true", help="the run becomes the baseline; nothing is judged")
     parser.add_argument("--write-readme", action="store_true")
     parser.add_argument("--readme", type=Path, default=HERE.parent / "README.md")
+    parser.add_argument("--write-docs", action="store_true")
+    parser.add_argument("--docs", type=Path, default=HERE.parent / "docs" / "results" / "ds_conv.md")
     options = parser.parse_args(arguments)
-    if not options.runs and not options.write_readme:
-        parser.error("want a run, or --write-readme")
+    if not options.runs and not options.write_readme and not options.write_docs:
+        parser.error("want a run, --write-readme or --write-docs")
     baseline = json.loads(options.baseline.read_text()) if options.baseline.exists() else {}
     runs: dict[str, dict[str, dict]] = {}
     for path in options.runs:
@@ -201,12 +239,14 @@ def main(arguments: list[str] | None = None) -> int:
             failed = True
     if runs:
         options.baseline.write_text(json.dumps(baseline, indent=1, sort_keys=True) + "\n")
+    if (options.write_readme or options.write_docs) and not baseline:
+        print("nothing recorded yet", file=sys.stderr)
+        return 2
     if options.write_readme:
-        if not baseline:
-            print("nothing recorded yet", file=sys.stderr)
-            return 2
         machine = next(iter(runs), None) or max(baseline, key=lambda key: len(baseline[key]))
-        write_readme(options.readme, figures_table(machine, baseline[machine]))
+        write_between(options.readme, figures_table(machine, baseline[machine]))
+    if options.write_docs:
+        write_between(options.docs, *shapes_tables(baseline))
     return int(failed)
 
 

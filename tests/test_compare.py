@@ -103,8 +103,36 @@ def test_a_readme_without_markers_is_refused(tmp_path):
     readme = tmp_path / "README.md"
     readme.write_text("nothing\n")
     with pytest.raises(ValueError, match="want '<!-- figures"):
-        compare.write_readme(readme, "text")
+        compare.write_between(readme, "text")
     assert readme.read_text() == "nothing\n"
+
+
+def test_write_docs_fills_a_row_a_machine(gate, tmp_path, capsys):
+    page = tmp_path / "page.md"
+    marked = "<!-- figures: a -->\n\nold\n\n<!-- end of figures -->\n"
+    page.write_text(f"before\n{marked}between\n{marked}after\n")
+    options = ("--write-docs", "--docs", str(page))
+    assert compare.main(["--baseline", str(tmp_path / "none.json"), *options]) == 2
+    for processor, scale in (("One", 1.0), ("Two", 2.0)):
+        ratios = {"test_ds_conv_inference[a-float32]": scale, "test_ds_conv_inference[b-float32]": 4 * scale}
+        run = run_file(tmp_path / "run.json", ratios, "best peer", processor=processor)
+        assert compare.main([str(run), "--baseline", str(tmp_path / "baseline.json"), *options]) == 0
+    text = page.read_text()
+    assert "| processor, kernel set | a | b | geometric mean | lowest |\n" in text
+    assert "| One, avx512 | 1.00 | 4.00 | 2.00 | 1.00 |\n| Two, avx512 | 2.00 | 8.00 | 4.00 | 2.00 |\n" in text
+    assert "old" not in text
+    assert text.startswith("before\n")
+    assert "\nbetween\n" in text
+    assert text.endswith("\nafter\n")
+
+
+def test_the_page_of_ds_conv_says_what_is_recorded():
+    page = PATH.parents[1] / "docs" / "results" / "ds_conv.md"
+    if not page.exists():
+        pytest.skip("the docs are not in this tree")
+    baseline = json.loads((PATH.parent / "baseline.json").read_text())
+    for table in compare.shapes_tables(baseline):
+        assert table in page.read_text()
 
 
 def test_the_readme_has_its_markers():
