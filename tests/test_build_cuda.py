@@ -1,4 +1,4 @@
-"""The CUDA sources compile with nvcc, without spills. Nothing here needs a GPU."""
+"""The CUDA build, and the CUDA sources as nvcc leaves them. Nothing here needs a GPU."""
 
 import os
 import re
@@ -10,28 +10,15 @@ from pathlib import Path
 import gpu_resources
 import pytest
 import torch
-from conftest import EFFORT, seed_of_commit
+from conftest import EFFORT
 from harness import DTYPES, OPS, check_rule
 
 from segfast import testing
 
 ROOT = Path(__file__).resolve().parent.parent
-PAIRS = [(source, architecture) for architecture in gpu_resources.ARCHITECTURES for source in gpu_resources.SOURCES]
-if EFFORT == "ci":
-    PAIRS = [PAIRS[seed_of_commit() % len(PAIRS)]]
-needs_nvcc = pytest.mark.skipif(gpu_resources.toolkit() is None, reason="no CUDA toolkit here")
 
 
-@needs_nvcc
-@pytest.mark.parametrize("source, architecture", PAIRS)
-def test_compiles_without_spills(source, architecture):
-    kernels = gpu_resources.compile_cuda(source, architecture)
-    assert kernels, "ptxas reports no kernel"
-    spilling = {name: row for name, row in kernels.items() if row["spill_bytes"] or row["stack_bytes"]}
-    assert not spilling
-
-
-@needs_nvcc
+@pytest.mark.skipif(gpu_resources.toolkit() is None, reason="no CUDA toolkit here")
 @pytest.mark.skipif(EFFORT == "ci", reason="minutes: SEGFAST_EFFORT=full")
 def test_a_forced_cuda_build_loads_without_a_gpu(tmp_path):
     """FORCE_CUDA=1 with nvcc alone: the module links, loads on a CPU-only torch too, and registers the kernels."""
