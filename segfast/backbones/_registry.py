@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import fnmatch
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from segfast._names import unknown
 from segfast._packages import need
 from segfast.backbones.efficientformer import EfficientFormer, EfficientFormerV2
 from segfast.backbones.resnet import DEPTHS, ResNet
@@ -67,10 +67,7 @@ def create_backbone(name: str, pretrained: bool = False, weights: str | Path | N
     if not isinstance(name, str):
         raise TypeError(f"create_backbone: want an encoder's name, got {name!r}")
     if name not in OWN and name not in TIMM:
-        names = list_backbones()
-        near = difflib.get_close_matches(name, names, n=3, cutoff=0.4)
-        hint = f"did you mean {' or '.join(near)}? " if near else ""
-        raise ValueError(f"create_backbone: {hint}want one of {', '.join(names)}, got {name!r}")
+        raise unknown("create_backbone", name, list_backbones())
     if pretrained and weights is not None:
         raise ValueError("create_backbone: want pretrained or weights, got both")
     state = None if weights is None else read_weights(weights)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict
 
+from segfast._names import unknown
 from segfast.models import NETWORKS, list_models
-from segfast.models._registry import unknown
 
 MACS_NOTE = (
     "MACs: multiply-accumulates of convolutions and matrix products, one image of the size given, 19 classes, no auxiliary head"

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 import types
 import typing
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
+from segfast._names import nearest
 from segfast.data import DATASETS
 
 
@@ -159,9 +159,7 @@ def from_mapping(values: dict, source: str = "config") -> Config:
     known = {}
     for name, value in values.items():
         if name not in hints:
-            near = difflib.get_close_matches(name, hints, n=3)
-            hint = f"did you mean {' or '.join(near)}? " if near else ""
-            raise ValueError(f"{source}: {hint}want fields of segfast.engine.Config, got {name!r}")
+            raise ValueError(f"{source}: {nearest(name, hints)}want fields of segfast.engine.Config, got {name!r}")
         wanted, optional = kind(hints[name])
         known[name] = None if value is None and optional else convert(name, value, wanted, source)
     return Config(**known)

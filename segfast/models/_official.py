@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from segfast.models._registry import NETWORKS, unknown
+from segfast._names import unknown
+from segfast.models._registry import NETWORKS
 
 Weights = dict[str, Tensor]
 IMPORTERS: dict[str, Callable[[str, Weights], tuple[nn.Module, dict[str, str]]]] = {}

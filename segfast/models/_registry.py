@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import fnmatch
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -10,6 +9,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from segfast._backend import is_whole
+from segfast._names import unknown
 
 
 @dataclass(frozen=True)
@@ -77,13 +77,6 @@ def register_model(
 def list_models(pattern: str = "*") -> list[str]:
     """The names that `create_model` knows and that match the shell-style pattern, sorted."""
     return sorted(fnmatch.filter(NETWORKS, pattern))
-
-
-def unknown(what: str, name: str, names) -> ValueError:
-    """The error for a name that is not among `names`: the nearest ones first."""
-    near = difflib.get_close_matches(name, names, n=3, cutoff=0.4)
-    hint = f"did you mean {' or '.join(near)}? " if near else ""
-    return ValueError(f"{what}: {hint}want one of {', '.join(sorted(names))}, got {name!r}")
 
 
 def create_model(name: str, num_classes: int = 19, backbone: str | None = None, **options) -> nn.Module:
