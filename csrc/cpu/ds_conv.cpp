@@ -19,6 +19,13 @@ namespace segfast {
 // the cache.
 inline int64_t tile_row(int64_t padded) { return padded + 16; }
 
+// The mean of `before` values and the sum of their squares about it become those of `n` more values too.
+inline void merge_moments(double before, double n, double own_mean, double own_squares, double& mean, double& squares) {
+  const double delta = own_mean - mean;
+  squares += own_squares + delta * delta * before * n / (before + n);
+  mean += delta * n / (before + n);
+}
+
 // What the kernels of one call share. Pointers in the compute type A point to rows of padded length.
 template <class T, class A>
 struct DsConv {
@@ -199,12 +206,11 @@ struct PutMoments : Put<T, A> {
   SEGFAST_INLINE void operator()(int64_t i, int64_t col, Vec<A> v) const { block<1>(i, col, {v}); }
   SEGFAST_INLINE void part(int64_t i, int64_t col, Vec<A> v) const { block<1>(i, col, {v}); }
 
-  // Adds the moments of `rows` rows to those of `before`: mean and sum of squares about it.
+  // Adds the moments of the `rows` rows to those of the `before` that are there.
   void add_to(double before, double rows, double* mean, double* squares) const {
     for (int64_t i = 0; i < this->cols; ++i) {
-      const double own = sum[i] / rows, off = own - center[i], delta = own - mean[i];
-      squares[i] += square[i] - off * off * rows + delta * delta * before * rows / (before + rows);
-      mean[i] += delta * rows / (before + rows);
+      const double own = sum[i] / rows, off = own - center[i];
+      merge_moments(before, rows, own, square[i] - off * off * rows, mean[i], squares[i]);
     }
   }
 };
@@ -861,11 +867,7 @@ void combine(const Buffer<double>& moments, const Chunks& chunks, int64_t c, int
   for (int64_t chunk = 0; chunk < chunks.number; ++chunk) {
     const double n = static_cast<double>(std::min(chunks.size, chunks.work - chunk * chunks.size));
     const double* own = moments.p + chunk * 2 * cp;
-    for (int64_t i = 0; i < c; ++i) {
-      const double delta = own[i] - mean[i];
-      var[i] += own[cp + i] + delta * delta * before * n / (before + n);
-      mean[i] += delta * n / (before + n);
-    }
+    for (int64_t i = 0; i < c; ++i) merge_moments(before, n, own[i], own[cp + i], mean[i], var[i]);
     before += n;
   }
   for (auto& v : var) v /= before;
