@@ -200,8 +200,9 @@ std::tuple<Tensor, Tensor, Tensor> pixelwise_kl_cpu(const Tensor& student, const
         const A inverse = static_cast<A>(1 / temperature);
         int exponent = 0;
         const bool exact = std::frexp(temperature, &exponent) == 0.5 && std::abs(exponent) < 100;
-        // Both blocks stay in the second-level cache; the pitch is odd in cache lines, or the classes would share a set.
-        const int64_t block = s.channels_last ? 16 : std::clamp<int64_t>((1 << 16) / s.classes / 64 * 64, 64, 512);
+        // Long runs of a class, for the hardware asks ahead within them alone; both blocks stay in cache, if not the second
+        // level's. The pitch is odd in cache lines, or the classes would share a set.
+        const int64_t block = s.channels_last ? 16 : std::clamp<int64_t>((1 << 18) / s.classes / 64 * 64, 64, 1024);
         const int64_t pitch = block + 16;
         const bool past_caches = saved.numel() * sizeof(S) > (16u << 20);  // with both logits, three times that
         parallel_for(0, s.images * parts, 1, [&](int64_t from, int64_t to) {
