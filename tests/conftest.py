@@ -22,6 +22,8 @@ for name in ("SEGFAST_TEST_DATA", "SEGFAST_OFFICIAL"):
     if os.environ.get(name):  # the fixture `elsewhere` leaves the folder that a path may be relative to
         os.environ[name] = os.path.abspath(os.environ[name])
 sys.path[:0] = [str(Path(__file__).parent / "simt"), str(Path(__file__).parents[1] / "benchmarks")]
+# As many threads as there are processors, not as many for each worker: small regions of too many threads wait 100 times as long.
+torch.set_num_threads(max(1, torch.get_num_threads() // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
 HAS_OPENVINO = importlib.util.find_spec("openvino") is not None
 EFFORT = os.environ.get("SEGFAST_EFFORT", "ci")
 if EFFORT not in ("ci", "full"):
