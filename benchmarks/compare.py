@@ -67,30 +67,54 @@ def mean_and_lowest(values: list[float]) -> tuple[str, str]:
     return f"{math.exp(sum(map(math.log, values)) / len(values)):.2f}", f"{min(values):.2f}"
 
 
-def shapes_table(baseline: dict[str, dict[str, dict]], test: str, label: str, suffix: str = "]") -> str:
-    """One test's ratios, a row a machine and a column a shape."""
-    heads, lines = [], []
+def markdown(head: list[str], rows: list[list[str]]) -> str:
+    return "\n".join(f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *rows))
+
+
+def by_machine(baseline: dict[str, dict[str, dict]], test: str, label: str, suffix: str = "]") -> dict[str, dict[str, float]]:
+    """One test's ratios: {processor, kernel set: {shape: ratio}} of the machines that have some."""
+    found = {}
     for machine, figures in baseline.items():
-        ratios = {
+        name = re.fullmatch(r"processor (.*), kernel set (.*), threads .*", machine)
+        found[", ".join(name.groups())] = {
             name.removeprefix(f"{test}[").removesuffix(suffix): f["ratios"][label]
             for name, f in figures.items()
             if name.startswith(f"{test}[") and name.endswith(suffix) and label in f["ratios"]
         }
-        heads = heads or sorted(ratios)
-        said = dict(part.split(" ", 1) for part in machine.replace("kernel set", "set").split(", "))
-        if ratios:
-            cells = [f"{ratios[head]:.2f}" if head in ratios else "" for head in heads]
-            lines.append([f"{said['processor']}, {said['set']}", *cells, *mean_and_lowest(list(ratios.values()))])
-    head = ["processor, kernel set", *heads, "geometric mean", "lowest"]
-    return "\n".join(f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *lines))
+    return {machine: ratios for machine, ratios in found.items() if ratios}
+
+
+def inference(baseline: dict[str, dict[str, dict]]) -> dict[str, dict[str, float]]:
+    return by_machine(baseline, "test_ds_conv_inference", "best peer", "-float32]")
+
+
+def training(baseline: dict[str, dict[str, dict]]) -> dict[str, dict[str, float]]:
+    return by_machine(baseline, "test_ds_conv_training", "eager, channels_last")
+
+
+def shapes_table(machines: dict[str, dict[str, float]]) -> str:
+    """A row a machine and a column a shape."""
+    heads = sorted({head for ratios in machines.values() for head in ratios})
+    rows = [
+        [machine, *(f"{ratios[h]:.2f}" if h in ratios else "" for h in heads), *mean_and_lowest(list(ratios.values()))]
+        for machine, ratios in machines.items()
+    ]
+    return markdown(["processor, kernel set", *heads, "geometric mean", "lowest"], rows)
+
+
+def machines_table(baseline: dict[str, dict[str, dict]]) -> str:
+    """The README's: `ds_conv` on every machine."""
+    of = inference(baseline), training(baseline)
+    rows = [
+        [machine, *("; ".join(mean_and_lowest([*half[machine].values()])) if machine in half else "" for half in of)]
+        for machine in dict.fromkeys([*of[0], *of[1]])
+    ]
+    return markdown(["processor, kernel set", "`ds_conv`, inference, float32 (geometric mean; lowest)", "training step"], rows)
 
 
 def shapes_tables(baseline: dict[str, dict[str, dict]]) -> tuple[str, str]:
     """Those of docs/results/ds_conv.md: inference in float32, and the training step."""
-    return (
-        shapes_table(baseline, "test_ds_conv_inference", "best peer", "-float32]"),
-        shapes_table(baseline, "test_ds_conv_training", "eager, channels_last"),
-    )
+    return shapes_table(inference(baseline)), shapes_table(training(baseline))
 
 
 def figures_table(machine: str, figures: dict[str, dict]) -> str:
@@ -244,7 +268,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     if options.write_readme:
         machine = next(iter(runs), None) or max(baseline, key=lambda key: len(baseline[key]))
-        write_between(options.readme, figures_table(machine, baseline[machine]))
+        everywhere = f"On every processor that was measured:\n\n{machines_table(baseline)}"
+        write_between(options.readme, f"{figures_table(machine, baseline[machine])}\n\n{everywhere}")
     if options.write_docs:
         write_between(options.docs, *shapes_tables(baseline))
     return int(failed)

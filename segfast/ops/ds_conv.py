@@ -270,7 +270,8 @@ def ds_conv(
         TypeError: dtypes that do not fit.
     """
     args = (x, dw_weight, pw_weight, dw_bias, pw_bias, dw_bn, pw_bn, stride, padding, dilation, dw_act, act, training)
-    y = infer(*args) if type(x) in _PLAIN and _backend.has_kernel("ds_conv", x) else None
+    quiet = not torch.is_grad_enabled() and type(x) in _PLAIN and _backend.has_kernel("ds_conv", x)
+    y = infer(*args) if quiet else None
     return run(*args) if y is None else y
 
 
@@ -313,7 +314,7 @@ def run(x, dw_weight, pw_weight, dw_bias, pw_bias, dw_bn, pw_bn, stride, padding
 
 @torch.no_grad()
 def _update_running(tracked: list[tuple[BatchNorm, list[Tensor]]], count: int) -> None:
-    """Moves running statistics towards a batch's means and biased variances, all of them in one call."""
+    """Moves running statistics towards a batch's means and biased variances, all of them together."""
     running = [t for bn, _ in tracked for t in bn[:2]]
     batch = torch._foreach_mul([t for _, own in tracked for t in own], [1.0, count / (count - 1)] * len(tracked))
     batch = [b if b.dtype == r.dtype else b.to(r.dtype) for b, r in zip(batch, running)]
